@@ -1,0 +1,45 @@
+# Everything runs inside .venv, which is made on first use and made again whenever the
+# declared dependencies change.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check lint docs bench notebooks clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	rm -rf .venv
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flatvalley needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)   ## the main study on built-in data: figures, tables and report in runs/demo
+	$(BIN)/flatvalley verify --out runs/demo
+
+test: $(STAMP)   ## every test, notebooks included
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)   ## style, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(STAMP)   ## the documentation, warnings as errors, into docs/_build
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+
+check: lint docs test   ## exactly what CI runs
+
+bench: $(STAMP)  ## the benchmarks, results printed as ratios within one run
+	$(BIN)/python benchmarks/eigensolvers.py
+	$(BIN)/python benchmarks/grda_step.py
+
+notebooks: $(STAMP)   ## execute the notebooks and renew the .ipynb beside each source
+	cd notebooks && for f in [0-9]*.py; do ../$(BIN)/jupytext --to ipynb --execute --set-kernel python3 $$f || exit 1; done
+
+clean:           ## remove everything the other targets made
+	rm -rf .venv runs docs/_build docs/_notebooks .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,158 @@
+"""Batches of data: what may be passed, how it is cut, and whether every pass sees the same."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
+
+from hessian.errors import NonDeterministicError
+
+Batch: TypeAlias = tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""``(*inputs, target)``, or a mapping that is passed to the model by keyword."""
+
+T = TypeVar("T")
+
+
+class TensorBatches:
+    """A pair of tensors (X, y) cut into batches of ``batch_size`` samples, in order.
+
+    Args:
+        inputs: Tensor of shape [n, ...].
+        target: Tensor of shape [n, ...].
+        batch_size: Samples in a batch; the last batch may be smaller.
+    """
+
+    def __init__(self, inputs: Tensor, target: Tensor, batch_size: int) -> None:
+        if len(inputs) != len(target):
+            raise ValueError(
+                f"`data` must hold as many targets as inputs, got {len(inputs)} inputs and "
+                f"{len(target)} targets."
+            )
+        self.inputs, self.target, self.batch_size = inputs, target, batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.inputs), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self.inputs[rows], self.target[rows]
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.batch_size)
+
+
+def as_batches(data: Any, batch_size: int | None) -> Iterable[Batch]:
+    """Return ``data`` as something that can be iterated again and again.
+
+    Raises:
+        TypeError: If ``data`` cannot be iterated, or only once.
+        ValueError: If ``batch_size`` is not positive, or is given with ready-made batches.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if (
+        isinstance(data, tuple)
+        and len(data) == 2
+        and all(isinstance(part, Tensor) for part in data)
+    ):
+        inputs, target = data
+        return TensorBatches(inputs, target, batch_size or max(len(inputs), 1))
+    if batch_size is not None:
+        raise ValueError(
+            "`batch_size` cuts a pair of tensors (X, y) into batches, but `data` is "
+            f"{type(data).__name__}, which brings its own batches. Leave `batch_size` out."
+        )
+    if isinstance(data, Iterator):
+        raise TypeError(
+            "`data` must be iterable more than once, because every product is one pass over it, "
+            f"got the one-pass {type(data).__name__}. Pass `list(data)` or the loader itself."
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            "`data` must be a pair of tensors (X, y) or an iterable of batches, got "
+            f"{type(data).__name__}."
+        )
+    return data
+
+
+def batch_length(batch: Batch) -> int:
+    """Return the number of samples in a batch: the first dimension of its first tensor."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim > 0:
+            return len(part)
+    raise TypeError(
+        "A batch must hold at least one tensor whose first dimension counts the samples, got "
+        f"{type(batch).__name__} of {[type(part).__name__ for part in parts]}."
+    )
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """Return ``value`` with every tensor in it, however nested, on ``device``."""
+    moved: T = map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+    return moved
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to every tensor in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(part, function) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [map_tensors(part, function) for part in value]
+        # A named tuple takes its fields one by one, a plain one takes the list.
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def require_repeatable(batches: Iterable[Batch]) -> None:
+    """Refuse data that differ from one pass to the next, and name the cause.
+
+    Batches held in memory are trusted. A loader costs two passes over the data, without the model.
+
+    Raises:
+        NonDeterministicError: If the loader shuffles or augments.
+    """
+    if isinstance(batches, TensorBatches) or (
+        isinstance(batches, Sequence) and not isinstance(batches, DataLoader)
+    ):
+        return
+    sampler = getattr(batches, "sampler", None)
+    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
+        raise NonDeterministicError(
+            "`data` must give the same batches in every pass, got a DataLoader that shuffles "
+            f"({type(sampler).__name__}). Build it with `shuffle=False`."
+        )
+    first, second = _fingerprint(batches), _fingerprint(batches)
+    if first == second:
+        return
+    if len(first) == len(second) and _close(sum(first), sum(second)):
+        raise NonDeterministicError(
+            "`data` must give the same batches in every pass, got the same samples in another "
+            "order: the loader shuffles. Turn the shuffling off, or pass `list(loader)`."
+        )
+    raise NonDeterministicError(
+        "`data` must give the same batches in every pass, got other samples in the second pass: "
+        "the loader augments, subsamples or draws at random. Turn that off, or pass `list(loader)`."
+    )
+
+
+def _fingerprint(batches: Iterable[Batch]) -> list[float]:
+    """One number a batch, the sum of everything in it."""
+    sums: list[float] = []
+    for batch in batches:
+        total = 0.0
+
+        def add(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += float(tensor.detach().to(torch.float64).sum())
+            return tensor
+
+        map_tensors(batch, add)
+        sums.append(total)
+    return sums
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0)

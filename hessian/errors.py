@@ -1,0 +1,13 @@
+"""The errors and warnings that numerics of this project raise."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A budget ran out before the tolerance was reached; the result says how far it got."""
+
+
+class NonDeterministicError(ValueError):
+    """The loss would change between two evaluations at the same weights; the message names why."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or an infinity arose; the message names where."""

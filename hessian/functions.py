@@ -1,0 +1,132 @@
+"""Functions of a symmetric matrix times a vector, f(A) b, from one Krylov space."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hessian.errors import ConvergenceWarning
+from hessian.lanczos import Array, KrylovBasis, Response
+from hessian.operators import Operator
+
+
+@dataclass(frozen=True)
+class FunctionProduct:
+    """The vector f(A) b, with its estimated error."""
+
+    value: Float[Tensor, " n"]
+    error: float
+    """Estimate of ‖value − f(A) b‖₂ from how far the last third of the steps moved the value."""
+    ritz_values: Float[Tensor, " m"]
+    """Where the spectrum of A was sampled, ascending: f was evaluated there only."""
+    num_products: int
+    converged: bool
+
+
+def apply_function(
+    operator: Operator,
+    f: Response,
+    b: Float[Tensor, " n"],
+    *,
+    tol: float = 1e-6,
+    max_products: int = 500,
+) -> FunctionProduct:
+    """Return f(A) b by Lanczos started at b; no eigenvector of A is needed.
+
+    Converges as fast as polynomials approximate f on the spectrum of A: after m products the
+    value is exact for polynomials of degree below m. A function with a step converges slowly,
+    and with it the error estimate may be too small.
+
+    Args:
+        operator: Symmetric matrix A, shape [n, n].
+        f: Function of eigenvalues, from a float64 vector to one of the same shape.
+        b: The vector, shape [n].
+        tol: Stop once the estimated error is at most tol · ‖f(A) b‖₂.
+        max_products: Budget of products with A; also the most vectors of length n in memory.
+
+    Returns:
+        The vector with its error estimate. On an exhausted budget ``converged`` is False and a
+        ``ConvergenceWarning`` names the error reached.
+
+    Raises:
+        ValueError: If tol or max_products is not positive, b does not fit or is not finite, or f
+            is not finite on the spectrum.
+        NonFiniteError: If a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> A = Operator.from_matrix(torch.diag(torch.tensor([0.0, 1.0, 4.0])))
+        >>> apply_function(A, torch.exp, torch.ones(3)).value
+        tensor([ 1.0000,  2.7183, 54.5981])
+
+    References:
+        Higham (2008), Functions of Matrices, section 13.2.
+    """
+    if not tol > 0:
+        raise ValueError(f"`tol` must be positive, got {tol}.")
+    if max_products < 1:
+        raise ValueError(f"`max_products` must be at least 1, got {max_products}.")
+    if b.shape != (operator.size,) or not torch.isfinite(b).all():
+        raise ValueError(
+            f"`b` must be a finite vector of length {operator.size}, got shape {list(b.shape)}"
+            + ("." if b.shape != (operator.size,) else " with a NaN or an infinity.")
+        )
+    norm = float(b.to(torch.float64).norm())
+    if norm == 0.0:
+        return FunctionProduct(torch.zeros_like(b), 0.0, torch.zeros(0).double(), 0, True)
+
+    basis = KrylovBasis(operator, b.to(dtype=operator.dtype, device=operator.device))
+    while True:
+        basis.extend()
+        m = len(basis)
+        done = basis.exhausted or m == max_products
+        if m % max(5, m // 10) and not done:
+            continue
+        coefficients = norm * _coefficients(f, basis, m)
+        length = float(np.linalg.norm(coefficients))
+        # Rounding in the basis leaves an error that no further step removes.
+        error = math.sqrt(m) * torch.finfo(operator.dtype).eps * length
+        if not basis.exhausted:
+            # Twice what the last third of the steps moved: right for an error that falls as
+            # slowly as 1/m, and on the safe side for any that falls faster.
+            moved = coefficients.copy()
+            earlier = 2 * m // 3
+            moved[:earlier] -= norm * _coefficients(f, basis, earlier)
+            error += 2.0 * float(np.linalg.norm(moved))
+        if done or error <= tol * length:
+            break
+    converged = error <= tol * length
+    if not converged:
+        warnings.warn(
+            f"f(A) b has an estimated error of {error:.2e} after {len(basis)} products, the goal "
+            f"was {tol * length:.2e}. Raise `max_products` or `tol`, or "
+            "choose a smoother f.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    ritz_values = torch.from_numpy(basis.ritz()[0].copy())
+    return FunctionProduct(basis.combine(coefficients), error, ritz_values, len(basis), converged)
+
+
+def _coefficients(f: Response, basis: KrylovBasis, m: int) -> Array:
+    """Return f(T) e₁ for the leading m x m block of T."""
+    if m == 0:
+        return np.zeros(0)
+    values, vectors = basis.ritz(m)
+    return np.asarray(vectors @ (_response(f, values) * vectors[0]), dtype=np.float64)
+
+
+def _response(f: Response, values: Array) -> Array:
+    out = f(torch.from_numpy(values.copy())).to(torch.float64).cpu()
+    if out.shape != values.shape or not torch.isfinite(out).all():
+        raise ValueError(
+            "`f` must map a vector of eigenvalues to finite values of the same shape, got shape "
+            f"{list(out.shape)} for {len(values)} eigenvalues in "
+            f"[{values[0]:.3g}, {values[-1]:.3g}]"
+            + ("." if out.shape != values.shape else ", some not finite.")
+        )
+    return np.asarray(out.numpy(), dtype=np.float64)

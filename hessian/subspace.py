@@ -1,0 +1,77 @@
+"""The leading eigenspace of a symmetric matrix, with the evidence for it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Eigenspace:
+    """Leading eigenpairs of a symmetric matrix A, as measured by real products."""
+
+    values: Float[Tensor, " k"]
+    """Eigenvalues in float64, leading first."""
+    vectors: Float[Tensor, "n k"]
+    """Orthonormal eigenvectors, one a column."""
+    residuals: Float[Tensor, " k"]
+    """‖A v − λ v‖₂ for every pair, from products made after the iteration, in units of A."""
+    gap: float
+    """Estimated distance from these eigenvalues to the rest of the spectrum, in units of A.
+
+    Taken from the next Ritz value, so it is an estimate from above. NaN where the solver knows
+    none, infinity where these are all eigenvalues.
+    """
+    num_products: int
+    """Products with A that were spent, the measuring of the residuals included."""
+    converged: bool
+    """Whether every residual is at most the tolerance that was asked for."""
+
+    def project_sharp(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return V Vᵀ x, the part of x in the eigenspace. Costs 4 n k flops."""
+        return self.vectors @ (self.vectors.T @ x)
+
+    def project_flat(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return x − V Vᵀ x, the part of x outside the eigenspace: Π₀ x of directional pruning."""
+        return x - self.project_sharp(x)
+
+    @property
+    def projector_error_bound(self) -> float:
+        """Bound on ‖V Vᵀ − exact projector‖₂ by the Davis-Kahan sin Θ theorem.
+
+        The Frobenius norm of the residuals over the gap; never more than 1, which is what two
+        projectors of one rank can differ by at most. As good as the gap, which is estimated: a
+        leading eigenvalue that the solver missed is not in it. NaN where the gap is unknown.
+
+        References:
+            Davis & Kahan (1970), The rotation of eigenvectors by a perturbation III.
+        """
+        if math.isnan(self.gap):
+            return math.nan
+        if self.gap <= 0:
+            return 1.0
+        return min(float(self.residuals.norm()) / self.gap, 1.0)
+
+    def first(self, k: int) -> "Eigenspace":
+        """Return the first k pairs, with the gap to the ones left out.
+
+        Raises:
+            ValueError: If k is not between 1 and the number of pairs.
+        """
+        total = len(self.values)
+        if not 1 <= k <= total:
+            raise ValueError(f"`k` must be between 1 and {total}, the pairs at hand, got {k}.")
+        if k == total:
+            return self
+        kept, rest = self.values[:k], self.values[k:]
+        distance = torch.cdist(kept[:, None], rest[:, None], p=1.0).min()
+        return Eigenspace(
+            kept,
+            self.vectors[:, :k],
+            self.residuals[:k],
+            float(torch.fmin(distance, torch.tensor(self.gap, dtype=distance.dtype))),
+            self.num_products,
+            self.converged,
+        )

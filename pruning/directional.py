@@ -1,0 +1,172 @@
+"""Directional pruning in closed form, and the two methods that must stand beside it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pruning.scores import Scores, require_weights
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Sparse weights and how they came about."""
+
+    weights: Float[Tensor, " d"]
+    mask: Bool[Tensor, " d"]
+    """True where the weight is not zero."""
+    sparsity: float
+    """Share of zeros among all d weights."""
+    lam: float
+    """λ of the method; NaN where the method has none."""
+
+
+def directional_prune(w: Float[Tensor, " d"], scores: Scores, lam: float) -> Pruned:
+    """Solve min over u of ½ ‖w − u‖² + λ Σ s_j |u_j| in closed form.
+
+    u_j = sign(w_j) max(|w_j| − λ s_j, 0): a positive score shrinks the weight to zero at
+    λ = |w_j| / s_j, a negative one makes it grow for ever. Up to ``first_clip(w, scores)`` the
+    move is −λ Π₀ sign(w), exactly in flat directions; beyond it the loss rises.
+
+    Args:
+        w: Weights, shape [d].
+        scores: Their scores, from ``directional_scores``.
+        lam: λ ≥ 0, in units of w.
+
+    Returns:
+        The unique solution (where w_j ≠ 0; a zero stays zero).
+
+    Raises:
+        ValueError: If lam is negative or not finite, or w and scores do not fit or not finite.
+
+    Example:
+        >>> import torch
+        >>> s = Scores(torch.tensor([1.0, -0.2]), "projector", 0.0, 0, 0.0)
+        >>> directional_prune(torch.tensor([0.5, -1.0]), s, lam=1.0).weights
+        tensor([ 0.0000, -1.2000])
+
+    References:
+        Chao, Wang, Xing, Cheng (2020), Directional Pruning of Deep Neural Networks,
+        definition 1.1 and its solution.
+    """
+    _require_scores(w, scores)
+    return _prune(w, scores.values, lam)
+
+
+def soft_threshold(w: Float[Tensor, " d"], lam: float) -> Pruned:
+    """Return sign(w) max(|w| − λ, 0): directional pruning that takes every direction for flat.
+
+    The control at equal λ: what DP does better than this is all that the Hessian gives.
+
+    Args:
+        w: Weights, shape [d].
+        lam: λ ≥ 0, in units of w.
+
+    Raises:
+        ValueError: If lam is negative or not finite, or w is not a finite flat vector.
+    """
+    require_weights(w)
+    return _prune(w, torch.ones_like(w), lam)
+
+
+def magnitude_prune(w: Float[Tensor, " d"], sparsity: float) -> Pruned:
+    """Set the smallest weights to zero until at least a share ``sparsity`` is zero.
+
+    The control at equal sparsity. Of equal magnitudes, the first in order go first, so the
+    count is exact: ⌈sparsity · d⌉ zeros, or more where w has them already.
+
+    Args:
+        w: Weights, shape [d].
+        sparsity: Share of zeros wanted, in [0, 1].
+
+    Raises:
+        ValueError: If sparsity is outside [0, 1], or w is not a finite flat vector.
+    """
+    require_weights(w)
+    drop = w.abs().argsort(stable=True)[: _wanted_zeros(sparsity, len(w))]
+    pruned = w.clone()
+    pruned[drop] = 0.0
+    return _result(pruned, math.nan)
+
+
+def first_clip(w: Float[Tensor, " d"], scores: Scores) -> float:
+    """Return the λ at which the first weight reaches zero; infinity if none ever does.
+
+    Up to it, directional pruning moves w by −λ Π₀ sign(w) exactly, and the quadratic loss
+    change is zero. Weights that are zero already do not count.
+
+    Raises:
+        ValueError: If w and scores do not fit or are not finite.
+    """
+    _require_scores(w, scores)
+    shrinking = (scores.values > 0) & (w != 0)
+    if not shrinking.any():
+        return math.inf
+    return float((w[shrinking].abs() / scores.values[shrinking]).min())
+
+
+def lambda_for_sparsity(w: Float[Tensor, " d"], scores: Scores, sparsity: float) -> float:
+    """Return the smallest λ at which directional pruning leaves a share ``sparsity`` of zeros.
+
+    Weights go in the order of |w_j| / s_j. Those with s_j ≤ 0 never go.
+
+    Args:
+        w: Weights, shape [d].
+        scores: Their scores.
+        sparsity: Share of zeros wanted, in [0, 1]; at least ⌈sparsity · d⌉ zeros result.
+
+    Raises:
+        ValueError: If sparsity is outside [0, 1] or above what positive scores can reach (the
+            message says how far they reach), or w and scores do not fit or are not finite.
+    """
+    _require_scores(w, scores)
+    wanted = _wanted_zeros(sparsity, len(w))
+    s = scores.values
+    levels = torch.full_like(w, math.inf)
+    levels[s > 0] = w[s > 0].abs() / s[s > 0]
+    levels[w == 0] = 0.0
+    reachable = int(torch.isfinite(levels).sum())
+    if wanted > reachable:
+        raise ValueError(
+            f"`sparsity` must be at most {reachable / len(w):.4f}, the share of weights with a "
+            f"positive score, got {sparsity}. The others only grow with λ."
+        )
+    if wanted == 0:
+        return 0.0
+    lam = float(levels.sort().values[wanted - 1])
+    # λ s_j may round to just under |w_j|: go up by single roundings until the weight is gone.
+    step = float(torch.finfo(w.dtype).eps)
+    while int((_prune(w, s, lam).weights == 0).sum()) < wanted:
+        lam *= 1.0 + step
+        step *= 2.0
+    return lam
+
+
+def _prune(w: Tensor, s: Tensor, lam: float) -> Pruned:
+    if not (math.isfinite(lam) and lam >= 0):
+        raise ValueError(f"`lam` must be finite and not negative, got {lam}.")
+    return _result(w.sign() * (w.abs() - lam * s).clamp(min=0.0), lam)
+
+
+def _result(weights: Tensor, lam: float) -> Pruned:
+    mask = weights != 0
+    return Pruned(weights, mask, 1.0 - int(mask.sum()) / len(weights), lam)
+
+
+def _wanted_zeros(sparsity: float, size: int) -> int:
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"`sparsity` must be in [0, 1], the share of zeros, got {sparsity}.")
+    # A share that was computed as zeros / size must give the zeros back.
+    return math.ceil(sparsity * size - 1e-9 * size)
+
+
+def _require_scores(w: Tensor, scores: Scores) -> None:
+    require_weights(w)
+    require_weights(scores.values, "scores.values")
+    if scores.values.shape != w.shape:
+        raise ValueError(
+            f"`scores` must hold one score for each of the {len(w)} weights, got "
+            f"{len(scores.values)}."
+        )

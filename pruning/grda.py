@@ -1,0 +1,168 @@
+"""The gRDA optimizer: SGD on a dual vector, whose soft-thresholded copy the network uses."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class TheoremWarning(UserWarning):
+    """Settings under which gRDA runs, but outside the theorem that links it to DP."""
+
+
+class GRDA(Optimizer):
+    """Generalised regularised dual averaging: SGD whose weights are soft-thresholded.
+
+    With the dual v starting at the initial weights,
+
+        v_{n+1} = v_n − γ ∇f(w_n),    w_{n+1} = sign(v_{n+1}) max(|v_{n+1}| − g_{n+1}, 0),
+        g_n = g_{n−1} + c γ_n^{μ+1/2} (n^μ − (n−1)^μ),
+
+    which for a constant learning rate γ is g_n = c √γ (n γ)^μ. The threshold acts on v and is
+    never compounded into it, so a weight that became zero can return. c = 0 is SGD, bit for bit.
+    Momentum and weight decay are outside the theory and not offered.
+
+    Every option may differ by parameter group, and ``lr`` may change at any step, by a
+    scheduler or by hand. ``group["threshold"]`` and ``group["step"]`` tell g and n of a group at
+    no cost; they and the duals are in ``state_dict()``, from which training resumes exactly. A
+    parameter without a gradient is left alone in that step. Save and load the model's weights
+    together with the optimizer's state: the dual belongs to them.
+
+    Costs one parameter copy of memory and one pass over it a step beyond SGD.
+
+    Args:
+        params: Parameters, or groups of them as dictionaries.
+        lr: Learning rate γ ≥ 0; one that works for SGD without momentum.
+        c: Sparsity constant c ≥ 0, in units of weights; 0.0005 to 0.005 is usual.
+        mu: Exponent μ > 0 of the threshold's growth. The theorem needs 1/2 < μ < 1.
+        foreach: Whether all tensors are stepped in one call. Default: wherever it is possible.
+
+    Raises:
+        ValueError: If lr or c is negative, mu is not positive, or one is not finite.
+        TypeError: If a parameter is not real floating-point.
+
+    Warns:
+        TheoremWarning: If mu is outside (1/2, 1) and c is not 0.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
+        >>> optimizer = GRDA([w], lr=0.1, c=0.1, mu=0.6)
+        >>> w.sum().backward(); optimizer.step()
+        >>> w.data
+        tensor([ 0.8921, -0.0821])
+
+    References:
+        Chao, Wang, Xing, Cheng (2020), Directional Pruning of Deep Neural Networks, equation
+        (gRDA). Chao & Cheng (2019), A generalization of regularized dual averaging.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        c: float,
+        mu: float = 0.6,
+        foreach: bool | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "c": c, "mu": mu, "foreach": foreach})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, whose threshold starts at 0 now."""
+        for option in ("lr", "c", "mu", "foreach"):
+            param_group.setdefault(option, self.defaults[option])
+        lr, c, mu = (float(param_group[option]) for option in ("lr", "c", "mu"))
+        for name, value in (("lr", lr), ("c", c)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be finite and not negative, got {value}.")
+        if not 0.0 < mu < float("inf"):
+            raise ValueError(f"`mu` must be finite and positive, got {mu}.")
+        if c > 0 and not 0.5 < mu < 1.0:
+            warnings.warn(
+                f"`mu` = {mu} is outside (1/2, 1), where gRDA is known to perform directional "
+                "pruning: below, noise outgrows the threshold in flat directions; above, sharp "
+                "directions keep an offset. Use a mu such as 0.6 for the theorem to hold.",
+                TheoremWarning,
+                stacklevel=3,
+            )
+        param_group.setdefault("step", 0)
+        param_group.setdefault("threshold", 0.0)
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                self.param_groups.pop()
+                raise TypeError(f"GRDA steps real floating-point parameters, got {p.dtype}.")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step from the gradients at hand.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, as in every torch optimizer.
+
+        Returns:
+            The closure's loss, if there is a closure.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError(
+                    "GRDA needs dense gradients, got a sparse one. Build the embedding with "
+                    "`sparse=False`."
+                )
+            for p in params:
+                if "dual" not in self.state[p]:
+                    self.state[p]["dual"] = p.detach().clone()
+            self._grow_threshold(group)
+            duals = [self.state[p]["dual"] for p in params]
+            grads = [p.grad for p in params]
+            lr, threshold = float(group["lr"]), group["threshold"]
+            if group["foreach"] is False or (group["foreach"] is None and not _uniform(params)):
+                for p, v, grad in zip(params, duals, grads, strict=True):
+                    v.add_(grad, alpha=-lr)
+                    p.copy_(v)
+                    if threshold > 0.0:
+                        p.clamp_(-threshold, threshold).neg_().add_(v)
+            else:
+                torch._foreach_add_(duals, grads, alpha=-lr)
+                torch._foreach_copy_(params, duals)
+                if threshold > 0.0:
+                    # The soft threshold is v − clamp(v, −g, g): no sign, no mask, and all of it
+                    # in the parameters' own memory.
+                    torch._foreach_clamp_max_(params, threshold)
+                    torch._foreach_clamp_min_(params, -threshold)
+                    torch._foreach_neg_(params)
+                    torch._foreach_add_(params, duals)
+        return loss
+
+    @staticmethod
+    def _grow_threshold(group: dict[str, Any]) -> None:
+        """Add the increment of this step to g, in float64 and with the current learning rate."""
+        n = group["step"] = group["step"] + 1
+        mu = float(group["mu"])
+        growth = float(n) ** mu - float(n - 1) ** mu
+        group["threshold"] += float(group["c"]) * float(group["lr"]) ** (mu + 0.5) * growth
+
+
+def _uniform(params: list[Tensor]) -> bool:
+    """Whether multi-tensor calls have anything to gain: plain tensors only."""
+    return all(type(p) in (torch.nn.Parameter, Tensor) for p in params)
