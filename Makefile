@@ -39,7 +39,7 @@ bench: $(STAMP)  ## the benchmarks, results printed as ratios within one run
 	$(BIN)/python benchmarks/grda_step.py
 
 notebooks: $(STAMP)   ## execute the notebooks and renew the .ipynb beside each source
-	cd notebooks && for f in [0-9]*.py; do ../$(BIN)/jupytext --to ipynb --execute --set-kernel python3 $$f || exit 1; done
+	cd notebooks && ../$(BIN)/jupytext --to ipynb [0-9]*.py && ../$(BIN)/jupyter-execute --inplace [0-9]*.ipynb
 
 clean:           ## remove everything the other targets made
 	rm -rf .venv runs docs/_build docs/_notebooks .pytest_cache .mypy_cache .ruff_cache

@@ -27,8 +27,9 @@ def directional_prune(w: Float[Tensor, " d"], scores: Scores, lam: float) -> Pru
     """Solve min over u of ½ ‖w − u‖² + λ Σ s_j |u_j| in closed form.
 
     u_j = sign(w_j) max(|w_j| − λ s_j, 0): a positive score shrinks the weight to zero at
-    λ = |w_j| / s_j, a negative one makes it grow for ever. Up to ``first_clip(w, scores)`` the
-    move is −λ Π₀ sign(w), exactly in flat directions; beyond it the loss rises.
+    λ = |w_j| / s_j, a negative one makes it grow for ever. With no zero in w, the move up to
+    ``first_clip(w, scores)`` is −λ Π₀ sign(w), exactly in flat directions; beyond it the loss
+    rises.
 
     Args:
         w: Weights, shape [d].
@@ -51,8 +52,7 @@ def directional_prune(w: Float[Tensor, " d"], scores: Scores, lam: float) -> Pru
         Chao, Wang, Xing, Cheng (2020), Directional Pruning of Deep Neural Networks,
         definition 1.1 and its solution.
     """
-    _require_scores(w, scores)
-    return _prune(w, scores.values, lam)
+    return _prune(w, _fitting_values(w, scores), lam)
 
 
 def soft_threshold(w: Float[Tensor, " d"], lam: float) -> Pruned:
@@ -94,17 +94,18 @@ def magnitude_prune(w: Float[Tensor, " d"], sparsity: float) -> Pruned:
 def first_clip(w: Float[Tensor, " d"], scores: Scores) -> float:
     """Return the λ at which the first weight reaches zero; infinity if none ever does.
 
-    Up to it, directional pruning moves w by −λ Π₀ sign(w) exactly, and the quadratic loss
-    change is zero. Weights that are zero already do not count.
+    Up to it, and with no zero in w, directional pruning moves w by −λ Π₀ sign(w) exactly, and
+    the quadratic loss change is zero. Weights that are zero already do not count: they stay,
+    which takes the move out of the flat directions where Π₀ sign(w) would move them.
 
     Raises:
         ValueError: If w and scores do not fit or are not finite.
     """
-    _require_scores(w, scores)
-    shrinking = (scores.values > 0) & (w != 0)
+    s = _fitting_values(w, scores)
+    shrinking = (s > 0) & (w != 0)
     if not shrinking.any():
         return math.inf
-    return float((w[shrinking].abs() / scores.values[shrinking]).min())
+    return float((w[shrinking].abs() / s[shrinking]).min())
 
 
 def lambda_for_sparsity(w: Float[Tensor, " d"], scores: Scores, sparsity: float) -> float:
@@ -121,17 +122,16 @@ def lambda_for_sparsity(w: Float[Tensor, " d"], scores: Scores, sparsity: float)
         ValueError: If sparsity is outside [0, 1] or above what positive scores can reach (the
             message says how far they reach), or w and scores do not fit or are not finite.
     """
-    _require_scores(w, scores)
+    s = _fitting_values(w, scores)
     wanted = _wanted_zeros(sparsity, len(w))
-    s = scores.values
     levels = torch.full_like(w, math.inf)
     levels[s > 0] = w[s > 0].abs() / s[s > 0]
     levels[w == 0] = 0.0
     reachable = int(torch.isfinite(levels).sum())
     if wanted > reachable:
         raise ValueError(
-            f"`sparsity` must be at most {reachable / len(w):.4f}, the share of weights with a "
-            f"positive score, got {sparsity}. The others only grow with λ."
+            f"`sparsity` must be at most {reachable / len(w):.4f}, the share of weights that reach "
+            f"zero at a finite λ, got {sparsity}. Without a positive score none ever shrinks."
         )
     if wanted == 0:
         return 0.0
@@ -139,14 +139,14 @@ def lambda_for_sparsity(w: Float[Tensor, " d"], scores: Scores, sparsity: float)
     # λ s_j may round to just under |w_j|: go up by single roundings until the weight is gone.
     step = float(torch.finfo(w.dtype).eps)
     while int((_prune(w, s, lam).weights == 0).sum()) < wanted:
-        lam *= 1.0 + step
+        lam = max(lam * (1.0 + step), torch.finfo(w.dtype).tiny)
         step *= 2.0
     return lam
 
 
 def _prune(w: Tensor, s: Tensor, lam: float) -> Pruned:
-    if not (math.isfinite(lam) and lam >= 0):
-        raise ValueError(f"`lam` must be finite and not negative, got {lam}.")
+    if not 0.0 <= lam <= torch.finfo(w.dtype).max:
+        raise ValueError(f"`lam` must be finite and not negative, got {lam} for {w.dtype}.")
     return _result(w.sign() * (w.abs() - lam * s).clamp(min=0.0), lam)
 
 
@@ -162,7 +162,8 @@ def _wanted_zeros(sparsity: float, size: int) -> int:
     return math.ceil(sparsity * size - 1e-9 * size)
 
 
-def _require_scores(w: Tensor, scores: Scores) -> None:
+def _fitting_values(w: Tensor, scores: Scores) -> Tensor:
+    """Return the scores in the type of w, after a look at both."""
     require_weights(w)
     require_weights(scores.values, "scores.values")
     if scores.values.shape != w.shape:
@@ -170,3 +171,4 @@ def _require_scores(w: Tensor, scores: Scores) -> None:
             f"`scores` must hold one score for each of the {len(w)} weights, got "
             f"{len(scores.values)}."
         )
+    return scores.values.to(w)

@@ -6,6 +6,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 
@@ -31,14 +32,16 @@ class GRDA(Optimizer):
     parameter without a gradient is left alone in that step. Save and load the model's weights
     together with the optimizer's state: the dual belongs to them.
 
-    Costs one parameter copy of memory and one pass over it a step beyond SGD.
+    Costs one parameter copy of memory. A step moves 5/3 of SGD's memory tensor by tensor, and up
+    to 14/3 in one call for all.
 
     Args:
         params: Parameters, or groups of them as dictionaries.
         lr: Learning rate γ ≥ 0; one that works for SGD without momentum.
         c: Sparsity constant c ≥ 0, in units of weights; 0.0005 to 0.005 is usual.
         mu: Exponent μ > 0 of the threshold's growth. The theorem needs 1/2 < μ < 1.
-        foreach: Whether all tensors are stepped in one call. Default: wherever it is possible.
+        foreach: Whether all tensors are stepped in one call. Default: on CUDA, where launches are
+            what costs; on the CPU one tensor at a time is faster, as it stays in the cache.
 
     Raises:
         ValueError: If lr or c is negative, mu is not positive, or one is not finite.
@@ -72,7 +75,14 @@ class GRDA(Optimizer):
         super().__init__(params, {"lr": lr, "c": c, "mu": mu, "foreach": foreach})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, whose threshold starts at 0 now."""
+        """Add a group of parameters, whose threshold starts at 0 now.
+
+        Raises:
+            ValueError: As for the options of the optimizer.
+            TypeError: If a parameter is not real floating-point.
+        """
+        # A copy, so that the same dictionaries can begin another run: n and g are kept in here.
+        param_group = {**param_group}
         for option in ("lr", "c", "mu", "foreach"):
             param_group.setdefault(option, self.defaults[option])
         lr, c, mu = (float(param_group[option]) for option in ("lr", "c", "mu"))
@@ -87,7 +97,7 @@ class GRDA(Optimizer):
                 "pruning: below, noise outgrows the threshold in flat directions; above, sharp "
                 "directions keep an offset. Use a mu such as 0.6 for the theorem to hold.",
                 TheoremWarning,
-                stacklevel=3,
+                stacklevel=4,  # past the constructors of GRDA and of Optimizer
             )
         param_group.setdefault("step", 0)
         param_group.setdefault("threshold", 0.0)
@@ -136,22 +146,12 @@ class GRDA(Optimizer):
             duals = [self.state[p]["dual"] for p in params]
             grads = [p.grad for p in params]
             lr, threshold = float(group["lr"]), group["threshold"]
-            if group["foreach"] is False or (group["foreach"] is None and not _uniform(params)):
-                for p, v, grad in zip(params, duals, grads, strict=True):
-                    v.add_(grad, alpha=-lr)
-                    p.copy_(v)
-                    if threshold > 0.0:
-                        p.clamp_(-threshold, threshold).neg_().add_(v)
+            if group["foreach"] is None:
+                foreach = all(p.is_cuda and type(p) in (Parameter, Tensor) for p in params)
             else:
-                torch._foreach_add_(duals, grads, alpha=-lr)
-                torch._foreach_copy_(params, duals)
-                if threshold > 0.0:
-                    # The soft threshold is v − clamp(v, −g, g): no sign, no mask, and all of it
-                    # in the parameters' own memory.
-                    torch._foreach_clamp_max_(params, threshold)
-                    torch._foreach_clamp_min_(params, -threshold)
-                    torch._foreach_neg_(params)
-                    torch._foreach_add_(params, duals)
+                foreach = group["foreach"]
+            step = _step_together if foreach else _step_one_by_one
+            step(params, duals, grads, lr, threshold)
         return loss
 
     @staticmethod
@@ -163,6 +163,31 @@ class GRDA(Optimizer):
         group["threshold"] += float(group["c"]) * float(group["lr"]) ** (mu + 0.5) * growth
 
 
-def _uniform(params: list[Tensor]) -> bool:
-    """Whether multi-tensor calls have anything to gain: plain tensors only."""
-    return all(type(p) in (torch.nn.Parameter, Tensor) for p in params)
+def _step_one_by_one(
+    params: list[Tensor], duals: list[Tensor], grads: list[Tensor], lr: float, threshold: float
+) -> None:
+    for p, v, grad in zip(params, duals, grads, strict=True):
+        v.add_(grad, alpha=-lr)
+        if threshold > 0.0 and p.dtype in (torch.float32, torch.float64):
+            torch.ops.aten.softshrink.out(v, threshold, out=p)
+        else:
+            # In half precision softshrink rounds g differently from the multi-tensor calls.
+            _threshold_together([p], [v], threshold)
+
+
+def _step_together(
+    params: list[Tensor], duals: list[Tensor], grads: list[Tensor], lr: float, threshold: float
+) -> None:
+    torch._foreach_add_(duals, grads, alpha=-lr)
+    _threshold_together(params, duals, threshold)
+
+
+def _threshold_together(params: list[Tensor], duals: list[Tensor], threshold: float) -> None:
+    torch._foreach_copy_(params, duals)
+    if threshold > 0.0:
+        # The soft threshold is v − clamp(v, −g, g): there is no multi-tensor softshrink. All of
+        # it happens in the parameters' own memory.
+        torch._foreach_clamp_max_(params, threshold)
+        torch._foreach_clamp_min_(params, -threshold)
+        torch._foreach_neg_(params)
+        torch._foreach_add_(params, duals)

@@ -69,9 +69,14 @@ def directional_scores(
         ‖sign(w)‖₂.
 
     Raises:
-        ValueError: If w is not finite or does not fit the curvature, or ``response`` is missing
-            or given without need.
+        ValueError: If w is not finite or does not fit the curvature, ``response`` is missing, not
+            finite or given without need, tol or max_products is not positive, or the transport
+            has not seen a threshold above 0.
         TypeError: If ``curvature`` is none of the three.
+        NonFiniteError: If a product with the Hessian is not finite.
+
+    Warns:
+        ConvergenceWarning: If the filter's budget ran out before its tolerance was reached.
 
     Example:
         >>> import torch
@@ -117,7 +122,7 @@ def flat_response(*, mu: float, t: float) -> Response:
         t: Training time, steps times learning rate, t > 0.
 
     Raises:
-        ValueError: If mu or t is not positive.
+        ValueError: If mu or t is not positive and finite.
 
     Example:
         >>> import torch
@@ -128,8 +133,8 @@ def flat_response(*, mu: float, t: float) -> Response:
         The solution of D' = −H D − g'(t) sign(w) for constant H and g = c √γ t^μ, see
         docs/explanation/why_grda_prunes_directionally.md.
     """
-    if not (mu > 0 and t > 0):
-        raise ValueError(f"`mu` and `t` must be positive, got mu={mu} and t={t}.")
+    if not (0 < mu < math.inf and 0 < t < math.inf):
+        raise ValueError(f"`mu` and `t` must be positive and finite, got mu={mu} and t={t}.")
 
     def response(h: Tensor) -> Tensor:
         x = h.detach().cpu().to(torch.float64).clamp(min=0).numpy() * t
@@ -171,12 +176,14 @@ def schedule_response(learning_rates: Sequence[float], thresholds: Sequence[floa
 
 
 def require_weights(w: Tensor, name: str = "w") -> None:
-    """Refuse weights that are not a finite flat vector."""
+    """Refuse weights that are not a finite flat vector of at least one entry."""
     if w.ndim != 1 or not w.is_floating_point():
         raise ValueError(
             f"`{name}` must be a flat floating-point vector, got {w.dtype} of shape "
             f"{list(w.shape)}. `Objective.weights()` gives one."
         )
+    if len(w) == 0:
+        raise ValueError(f"`{name}` must hold at least one weight, got none.")
     if not torch.isfinite(w).all():
         count = int((~torch.isfinite(w)).sum())
         raise ValueError(f"`{name}` must be finite, got {count} entries that are NaN or infinite.")
@@ -187,7 +194,8 @@ def _projector_scores(w: Tensor, space: Eigenspace) -> Scores:
     sign = w.sign()
     values = sign * space.project_flat(sign)
     error = space.projector_error_bound * float(sign.norm())
-    return Scores(values, "projector", error, space.num_products, float(space.values.min()))
+    lowest = float(space.values.min()) if len(space.values) else math.nan
+    return Scores(values, "projector", error, space.num_products, lowest)
 
 
 def _filter_scores(

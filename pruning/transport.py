@@ -75,9 +75,9 @@ class Transport:
                 f"`w` must have shape {list(self.offset.shape)} as at the start, got "
                 f"{list(w.shape)}."
             )
-        if lr < 0:
+        if not lr >= 0:
             raise ValueError(f"`lr` must not be negative, got {lr}.")
-        if threshold < self.threshold:
+        if not threshold >= self.threshold:
             raise ValueError(f"`threshold` must not fall, got {threshold} after {self.threshold}.")
         if self.threshold > 0:  # before that D is zero, and so is its product
             self.offset = self.offset - lr * product(self.difference(w))
