@@ -77,7 +77,8 @@ def verify(
 
     Trains SGD and gRDA side by side at several learning rates, prunes the SGD minimum with every
     kind of directional-pruning score, and compares the result with gRDA's minimum. Exit status: 0
-    if the claims hold, 1 if they do not, 2 for a mistake in the options.
+    if the claims hold, 1 if they do not, 2 for a mistake in the options, 3 if a loss is not finite,
+    130 if interrupted.
     """
     console = Console()
     with _at_the_door():

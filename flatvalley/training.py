@@ -14,6 +14,9 @@ from flatvalley.run import read_tensors, write_tensors
 from hessian import NonFiniteError, Objective
 from pruning import GRDA, Transport
 
+# Beyond this a run takes years; the number is a typing mistake.
+MAX_STEPS = 10**10
+
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
 
@@ -50,6 +53,15 @@ class CoupledConfig:
             )
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+        try:
+            finite = self.c * self.gamma**0.5 * self.time**self.mu < float("inf")
+        except OverflowError:
+            finite = False
+        if not finite or self.time / self.gamma > MAX_STEPS:
+            raise ValueError(
+                f"`gamma` and `time` must give a finite threshold and at most {MAX_STEPS:,} steps, "
+                f"got gamma={self.gamma:g}, time={self.time:g}."
+            )
         if self.num_steps < 2:
             raise ValueError(
                 f"`gamma` must leave room for two steps or more in time {self.time:g}, got "

@@ -133,7 +133,8 @@ def measured_scores(findings: Findings) -> tuple[Figure, FigureText]:
     measured = (-sgd.sign() * (grda - sgd) / record["lambda"]).numpy()
     forms = [f"projector k={config.ks[0]}", "filter", "transport"]
     figure = Figure(figsize=(9.0, 3.3), layout="constrained")
-    low, high = np.quantile(measured, (0.002, 0.998))
+    # Without a weight that was never clipped there is nothing to measure: empty axes say so.
+    low, high = np.quantile(measured, (0.002, 0.998)) if len(measured) else (0.0, 1.0)
     low, high = low - 0.3, high + 0.3
     for ax, form in zip(figure.subplots(1, 3, sharey=True), forms, strict=True):
         predicted = cell[f"scores.{form}"][rows].numpy()
@@ -199,8 +200,8 @@ def regimes(findings: Findings) -> tuple[Figure, FigureText]:
     return figure, FigureText(
         "regimes",
         "The two regimes apart",
-        "The theory covers weights until they clip: a weight that reaches zero stays there, and "
-        "the others re-adjust, which one-shot pruning cannot. Never clipped are "
+        "The theory covers weights until they clip: then gRDA re-adjusts the others, which "
+        "one-shot pruning cannot. Never clipped are "
         f"{shares} of all weights. Both regimes are in units of their own part of ‖gRDA − SGD‖. A "
         "clipped weight is easier to predict when it ends at zero on both sides. Control: soft "
         "thresholding (dashed). Bars: two standard errors over seeds.",

@@ -131,6 +131,8 @@ def test_divergence_names_the_step_and_the_cure(data):
         ({"gamma": 0.0}, "`gamma` must be positive and finite, got 0.0"),
         ({"gamma": float("nan")}, "`gamma` must be positive and finite, got nan"),
         ({"gamma": 100.0}, "`gamma` must leave room for two steps"),
+        ({"gamma": 1e-300}, "at most 10,000,000,000 steps"),
+        ({"gamma": 1e300, "time": 1e302, "mu": 0.9}, "must give a finite threshold"),
         ({"mu": 1.5}, "`mu` must be between 1/2 and 1"),
         ({"c": -1.0}, "`c` must be positive"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),

@@ -176,6 +176,14 @@ def test_bad_option_is_one_line_and_status_two(arguments, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_study_survives_a_gamma_at_which_everything_clips(tmp_path):
+    options = ["--gamma=0.4", "--time=8", "--c=5", "--seeds=1", "--hidden=3", "--k=2"]
+    done = flatvalley("verify", *options, "--workers=1", "--out", tmp_path / "run")
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def test_help_and_version_answer():
     assert "verify" in flatvalley("--help").stdout
     assert "verify" in flatvalley().stdout
