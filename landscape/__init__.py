@@ -1,0 +1,42 @@
+"""The ground between solutions: paths, planes and trajectories, evaluated and drawn."""
+
+from landscape.barrier import Barrier, Excess, barrier
+from landscape.connect import ConnectedCurve, train_bezier
+from landscape.evaluate import BatchNormWarning, Evaluation, evaluate, zero_one_loss
+from landscape.figures import plot_plane, plot_profile, plot_share, plot_trajectory, save_figure
+from landscape.paths import BezierCurve, Line, Path
+from landscape.planes import Plane, grid
+from landscape.trajectory import (
+    Trajectory,
+    project_trajectory,
+    random_share,
+    random_share_interval,
+    share_in_subspace,
+)
+
+__all__ = [
+    "Barrier",
+    "BatchNormWarning",
+    "BezierCurve",
+    "ConnectedCurve",
+    "Evaluation",
+    "Excess",
+    "Line",
+    "Path",
+    "Plane",
+    "Trajectory",
+    "barrier",
+    "evaluate",
+    "grid",
+    "plot_plane",
+    "plot_profile",
+    "plot_share",
+    "plot_trajectory",
+    "project_trajectory",
+    "random_share",
+    "random_share_interval",
+    "save_figure",
+    "share_in_subspace",
+    "train_bezier",
+    "zero_one_loss",
+]
