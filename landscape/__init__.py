@@ -3,9 +3,11 @@
 from landscape.barrier import Barrier, Excess, barrier
 from landscape.connect import ConnectedCurve, train_bezier
 from landscape.evaluate import BatchNormWarning, Evaluation, evaluate, zero_one_loss
-from landscape.figures import plot_plane, plot_profile, plot_share, plot_trajectory, save_figure
+from landscape.figures import plot_profile, plot_share, plot_trajectory
 from landscape.paths import BezierCurve, Line, Path
+from landscape.plane_figure import plot_plane
 from landscape.planes import Plane, grid
+from landscape.saving import save_figure
 from landscape.trajectory import (
     Trajectory,
     project_trajectory,

@@ -1,0 +1,65 @@
+"""How all figures look: colours, lines, fresh axes; shared by the drawing modules."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+# Okabe & Ito (2008), Color universal design; without the yellow, which is lost on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+
+
+def new_axes(size: tuple[float, float]) -> Axes:
+    """One axes in a figure that pyplot does not know."""
+    ax = Figure(figsize=size, layout="constrained").add_subplot()
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def new_column(count: int) -> list[Axes]:
+    """Small axes below each other with a common time axis."""
+    fig = Figure(figsize=(5.0, 0.6 + 1.0 * count), layout="constrained")
+    axes = [fig.add_subplot(count, 1, 1)]
+    axes += [fig.add_subplot(count, 1, i + 1, sharex=axes[0]) for i in range(1, count)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Colour, dash and width of the i-th line."""
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "linestyle": LINE_STYLES[i % len(LINE_STYLES)],
+        "linewidth": 1.6,
+    }
+
+
+def to_numpy(values: Tensor) -> Any:
+    """The values in float64 on the CPU, for matplotlib."""
+    return values.detach().to(device="cpu", dtype=torch.float64).numpy()
+
+
+def require_some(name: str, values: Mapping[str, Any]) -> None:
+    """Refuse to draw nothing."""
+    if not values:
+        raise ValueError(f"`{name}` must hold at least one thing to draw, got none.")
+
+
+def legend_above(ax: Axes, title: str | None = None) -> None:
+    """One entry a row, over the axes: hides no data, and wide entries do not squeeze the axes."""
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.01),
+        borderaxespad=0,
+        frameon=False,
+        fontsize="small",
+        title=title,
+        title_fontsize="small",
+        alignment="left",
+    )
