@@ -40,9 +40,14 @@ class CoupledConfig:
     """Seed of the batch order."""
     num_snapshots: int = 50
     """How many points of the trajectories are kept, evenly spaced in steps."""
+    transport_interval: float = 0.1
+    """Training time that one product with the Hessian of the whole training loss stands for.
+
+    A pass over the data for every step of a small learning rate would cost more than training.
+    """
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "time", "c"):
+        for name in ("gamma", "time", "c", "transport_interval"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
@@ -73,6 +78,11 @@ class CoupledConfig:
         """Steps of training: t / gamma, rounded."""
         return round(self.time / self.gamma)
 
+    @property
+    def steps_per_product(self) -> int:
+        """Steps of training for one product with the Hessian of the training loss."""
+        return max(1, round(self.transport_interval / self.gamma))
+
 
 @dataclass(frozen=True)
 class CoupledResult:
@@ -88,9 +98,9 @@ class CoupledResult:
     threshold: float
     """gRDA's threshold at the end: λ of the directional pruning that it should equal."""
     transport: Transport
-    """First-order theory with the Hessian of the training loss, one product a step."""
+    """First-order theory with the Hessian of the training loss, one product an interval."""
     batch_transport: Transport
-    """The same with the Hessian of the step's minibatch."""
+    """The same with the Hessian of the step's minibatch, one product a step."""
     times: Float[Tensor, " s"]
     sgd_path: Float[Tensor, "s d"]
     grda_path: Float[Tensor, "s d"]
@@ -160,7 +170,7 @@ class _CoupledTraining:
         }
         self.criterion = nn.CrossEntropyLoss()
         self.objective = Objective(make_model(), self.criterion, (inputs, labels))
-        self.start = self.weights("sgd")
+        self.start = self.interval_start = self.weights("sgd")
         self.transport, self.batch_transport = Transport(self.start), Transport(self.start)
         self.clipped = torch.zeros_like(self.start, dtype=torch.bool)
         self.step = 0
@@ -175,17 +185,24 @@ class _CoupledTraining:
         config, w = self.config, self.weights("sgd")
         rows = self.rows(config.seed)
         batch = self.inputs[rows], self.labels[rows]
+        position = self.step % config.steps_per_product
+        if position == 0:
+            self.interval_start = w
         self.train("grda", rows)
         threshold = float(self.optimizers["grda"].param_groups[0]["threshold"])
-        self.transport.step(
-            lambda v: self.objective.hessian_product(w, v), w, lr=config.gamma, threshold=threshold
-        )
         self.batch_transport.step(
             lambda v: self.objective.batch_hessian_product(w, v, batch),
             w,
             lr=config.gamma,
             threshold=threshold,
         )
+        if position + 1 == config.steps_per_product or self.step + 1 == config.num_steps:
+            self.transport.step(
+                lambda v: self.objective.hessian_product(self.interval_start, v),
+                self.interval_start,
+                lr=(position + 1) * config.gamma,
+                threshold=threshold,
+            )
         self.train("sgd", rows)
         self.train("second_sgd", self.rows(config.seed + 500_000))
         self.step += 1
@@ -237,11 +254,12 @@ class _CoupledTraining:
         grda = self.optimizers["grda"]
         times, sgd_path, grda_path = zip(*self.snapshots, strict=True)
         tensors = {name: self.weights(name) for name in self.models}
+        transports = {"transport": self.transport, "batch_transport": self.batch_transport}
+        tensors |= {name: transport.offset for name, transport in transports.items()}
         tensors |= {
             "start": self.start,
             "dual": parameters_to_vector([state["dual"] for state in grda.state.values()]),
-            "transport": self.transport.offset,
-            "batch_transport": self.batch_transport.offset,
+            "interval_start": self.interval_start,
             "clipped": self.clipped,
             "times": torch.tensor(times, dtype=torch.float64),
             "sgd_path": torch.stack(sgd_path),
@@ -254,6 +272,10 @@ class _CoupledTraining:
                 "config": vars(self.config),
                 "step": self.step,
                 "threshold": grda.param_groups[0]["threshold"],
+                "transports": {
+                    name: [t.threshold, t.num_steps, t.num_products]
+                    for name, t in transports.items()
+                },
             },
         )
 
@@ -275,10 +297,11 @@ class _CoupledTraining:
         lengths = [p.numel() for p in group["params"]]
         for p, dual in zip(group["params"], torch.split(tensors["dual"], lengths), strict=True):
             grda.state[p]["dual"] = dual.view_as(p).clone()
-        for name in ("transport", "batch_transport"):
+        for name, (threshold, num_steps, num_products) in metadata["transports"].items():
             transport = getattr(self, name)
-            transport.offset, transport.threshold = tensors[name], group["threshold"]
-            transport.num_steps, transport.num_products = self.step, self.step - 1
+            transport.offset, transport.threshold = tensors[name], threshold
+            transport.num_steps, transport.num_products = num_steps, num_products
+        self.interval_start = tensors["interval_start"]
         self.clipped = tensors["clipped"]
         paths = tensors["sgd_path"], tensors["grda_path"]
         self.snapshots = list(zip(tensors["times"].tolist(), *paths, strict=True))

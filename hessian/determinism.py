@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hessian.errors import NonDeterministicError
 
 
 def require_fixed_modules(model: nn.Module) -> None:
-    """Refuse dropout and batch statistics that are switched on.
+    """Refuse dropout, batch statistics and the tracking of statistics that are switched on.
 
     Raises:
         NonDeterministicError: Naming the first module that would make the loss change.
@@ -31,6 +32,11 @@ def require_fixed_modules(model: nn.Module) -> None:
                     f"samples, but {where} keeps none (track_running_stats=False) and would "
                     "normalise every batch by itself."
                 )
+        elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
+            raise NonDeterministicError(
+                f"Running statistics must stay as they are, but {where} is in training mode and "
+                "would renew them. Call `model.eval()` first."
+            )
         elif module.training and _drops(module):
             raise NonDeterministicError(
                 f"Dropout must be off, so that repeated products see the same matrix, but {where} "
@@ -50,29 +56,41 @@ def _drops(module: nn.Module) -> bool:
 def require_pure_forward(model: nn.Module) -> Iterator[None]:
     """Refuse a forward pass, run inside the block, that draws random numbers or writes buffers.
 
-    The generators are put back as they were.
+    The generators and the buffers are put back as they were.
 
     Raises:
         NonDeterministicError: Naming the buffer written, or saying that numbers were drawn.
     """
-    versions = {name: buffer._version for name, buffer in model.named_buffers()}
+    buffers = dict(model.named_buffers())
+    copies = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    versions = {name: buffer._version for name, buffer in buffers.items()}
     states = _generator_states()
     try:
         yield
         drew = any(not torch.equal(a, b) for a, b in zip(states, _generator_states(), strict=True))
+        written = [
+            name
+            for name, buffer in model.named_buffers()
+            if buffer is not buffers.get(name) or buffer._version != versions[name]
+        ]
     finally:
         _restore_generators(states)
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                if buffer._version != versions[name]:
+                    buffer.copy_(copies[name])
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, buffer)
     if drew:
         raise NonDeterministicError(
             "The model draws random numbers in its forward pass, so repeated products would see "
             "different matrices. Call `model.eval()`, or switch the sampling off."
         )
-    for name, buffer in model.named_buffers():
-        if buffer._version != versions.get(name):
-            raise NonDeterministicError(
-                f"The model writes its buffer `{name}` in the forward pass, so repeated products "
-                "would see different matrices. Call `model.eval()`, or freeze that buffer."
-            )
+    if written:
+        raise NonDeterministicError(
+            f"The model writes its buffer `{written[0]}` in the forward pass, so repeated products "
+            "would see different matrices. Call `model.eval()`, or freeze that buffer."
+        )
 
 
 def _generator_states() -> list[torch.Tensor]:

@@ -104,7 +104,8 @@ def _lanczos(
     basis = KrylovBasis(operator, _random_direction(operator, generator))
     spent = 0
     restarted = False
-    retry_below, last_kth = math.inf, math.nan
+    retry_below = math.inf
+    last_leading: Array | None = None
     while True:
         basis.extend()
         spent += 1
@@ -118,10 +119,14 @@ def _lanczos(
         if basis.exhausted and not final:
             # One Krylov space holds every eigenvalue once. Copies of a multiple eigenvalue come
             # from further starts, until one of them leaves the k leading values as they were.
-            kth = float(values[order[k - 1]]) if m >= k else math.nan
-            settled = math.isclose(kth, last_kth, rel_tol=1e-6, abs_tol=basis.rounding)
+            found = values[order[:k]] if m >= k else None
+            settled = (
+                found is not None
+                and last_leading is not None
+                and np.allclose(found, last_leading, rtol=1e-6, atol=basis.rounding)
+            )
             if not settled and basis.restart(_random_direction(operator, generator)):
-                restarted, last_kth = True, kth
+                restarted, last_leading = True, found
                 continue
         goal = tol * float(np.abs(values).max())
         estimate = float(np.abs(basis.beta * vectors[-1, order[:k]]).max())

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from hessian.errors import ConvergenceWarning
 from hessian.lanczos import Array, KrylovBasis, Response
 from hessian.operators import Operator
 
+FEWEST = 10
+"""Products before an estimate is believed: earlier, much of the spectrum has not been seen."""
+
 
 @dataclass(frozen=True)
 class FunctionProduct:
@@ -20,7 +24,11 @@ class FunctionProduct:
 
     value: Float[Tensor, " n"]
     error: float
-    """Estimate of ‖value − f(A) b‖₂ from how far the last third of the steps moved the value."""
+    """Estimate of ‖value − f(A) b‖₂ from how fast the last steps moved the value.
+
+    Not a bound. Where ``converged`` is False, eigenvalues that matter may not have been seen yet,
+    and it can be several times too small.
+    """
     ritz_values: Float[Tensor, " m"]
     """Where the spectrum of A was sampled, ascending: f was evaluated there only."""
     num_products: int
@@ -38,8 +46,8 @@ def apply_function(
     """Return f(A) b by Lanczos started at b; no eigenvector of A is needed.
 
     Converges as fast as polynomials approximate f on the spectrum of A: after m products the
-    value is exact for polynomials of degree below m. A function with a step converges slowly,
-    and with it the error estimate may be too small.
+    value is exact for polynomials of degree below m. A function with a kink or a step converges
+    slowly, and with it the error estimate may be too small.
 
     Args:
         operator: Symmetric matrix A, shape [n, n].
@@ -84,22 +92,17 @@ def apply_function(
         basis.extend()
         m = len(basis)
         done = basis.exhausted or m == max_products
-        if m % max(5, m // 10) and not done:
+        if not done and (m < FEWEST or m % max(5, m // 10)):
             continue
         coefficients = norm * _coefficients(f, basis, m)
         length = float(np.linalg.norm(coefficients))
         # Rounding in the basis leaves an error that no further step removes.
         error = math.sqrt(m) * torch.finfo(operator.dtype).eps * length
         if not basis.exhausted:
-            # Twice what the last third of the steps moved: right for an error that falls as
-            # slowly as 1/m, and on the safe side for any that falls faster.
-            moved = coefficients.copy()
-            earlier = 2 * m // 3
-            moved[:earlier] -= norm * _coefficients(f, basis, earlier)
-            error += 2.0 * float(np.linalg.norm(moved))
-        if done or error <= tol * length:
+            error += norm * _remainder(f, basis, coefficients / norm)
+        converged = error <= tol * length and (basis.exhausted or m >= FEWEST)
+        if done or converged:
             break
-    converged = error <= tol * length
     if not converged:
         warnings.warn(
             f"f(A) b has an estimated error of {error:.2e} after {len(basis)} products, the goal "
@@ -110,6 +113,24 @@ def apply_function(
         )
     ritz_values = torch.from_numpy(basis.ritz()[0].copy())
     return FunctionProduct(basis.combine(coefficients), error, ritz_values, len(basis), converged)
+
+
+def _remainder(f: Response, basis: KrylovBasis, latest: Array) -> float:
+    """Estimate how far f(T) e₁ still is from its limit, from its last two moves."""
+    # Each value rests on two thirds of the steps of the next. A value that moves by d, and moved
+    # by d / q before, has d q / (1 - q) to go: 2 d if the error falls like 1/m, more if slower.
+    m = len(latest)
+    # No more than a value can be off that is bounded like f on the spectrum seen so far.
+    most = 2.0 * float(np.abs(_response(f, basis.ritz()[0])).max())
+    values = [latest, _coefficients(f, basis, 2 * m // 3), _coefficients(f, basis, 4 * m // 9)]
+    d, before = (
+        float(np.linalg.norm(late - np.pad(early, (0, len(late) - len(early)))))
+        for late, early in pairwise(values)
+    )
+    if d <= m * np.finfo(np.float64).eps * most:
+        return 2.0 * d  # rounding, which has no trend
+    to_go = d * d / (before - d) if d < before else math.inf
+    return max(2.0 * d, min(2.0 * to_go, most))
 
 
 def _coefficients(f: Response, basis: KrylovBasis, m: int) -> Array:

@@ -13,7 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hessian.batches import Batch, as_batches, batch_length, require_repeatable, to_device
+from hessian.batches import (
+    Batch,
+    as_batches,
+    batch_length,
+    one_pass,
+    require_repeatable,
+    to_device,
+)
 from hessian.determinism import require_fixed_modules, require_pure_forward
 from hessian.errors import NonFiniteError
 
@@ -105,14 +112,14 @@ class Objective:
         self._data = as_batches(data, batch_size)
         require_fixed_modules(model)
         require_repeatable(self._data)
-        self.num_samples = sum(batch_length(batch) for batch in self._data)
+        self.num_samples = sum(batch_length(batch) for batch in one_pass(self._data))
         if self.num_samples == 0:
             raise ValueError("`data` must hold at least one sample, got none.")
         self._require_sample_weights()
 
     def weights(self) -> Float[Tensor, " d"]:
         """Return a copy of the model's current weights as one flat vector."""
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters.values()]).clone()
+        return torch.cat([p.detach().reshape(-1) for p in self._parameters.values()])
 
     def write_(self, w: Float[Tensor, " d"]) -> None:
         """Write w into the model. The only method that changes the model.
@@ -120,7 +127,7 @@ class Objective:
         Raises:
             ValueError: If w has another length, type or device than the weights.
         """
-        self._require_vector(w, "w")
+        self.require_vector(w, "w")
         with torch.no_grad():
             for p, part in zip(
                 self._parameters.values(), torch.split(w.detach(), self._lengths), strict=True
@@ -128,7 +135,12 @@ class Objective:
                 p.copy_(part.view_as(p))
 
     def unflatten(self, w: Float[Tensor, " d"]) -> dict[str, Tensor]:
-        """Return views of w by parameter name, in the parameters' shapes."""
+        """Return views of w by parameter name, in the parameters' shapes.
+
+        Raises:
+            ValueError: If w has another length than the weights.
+        """
+        self._require_length(w, "w")
         parts = torch.split(w, self._lengths)
         return {
             name: part.view(shape)
@@ -137,7 +149,7 @@ class Objective:
 
     def batches(self) -> Iterator[Batch]:
         """Iterate over the batches, on the model's device."""
-        for batch in self._data:
+        for batch in one_pass(self._data):
             yield to_device(batch, self.device)
 
     def output(self, w: Float[Tensor, " d"], batch: Batch) -> Any:
@@ -183,7 +195,7 @@ class Objective:
     ) -> tuple[float, Float[Tensor, " d"]]:
         """Return L(w), which the product computes anyway, and H(w) v."""
         w = self._begin(w).detach().requires_grad_()
-        self._require_vector(v, "v")
+        self.require_vector(v, "v")
         out, totals = torch.zeros_like(w), []
         with torch.enable_grad():
             for batch in self.batches():
@@ -198,7 +210,7 @@ class Objective:
     ) -> Float[Tensor, " d"]:
         """Return H_b(w) v for the Hessian of the mean loss over one batch."""
         w = self._begin(w).detach().requires_grad_()
-        self._require_vector(v, "v")
+        self.require_vector(v, "v")
         with torch.enable_grad():
             product = _curvature_product(self.batch_loss(w, batch), w, v)
         return self._finite(product, "Hessian-vector product")
@@ -226,16 +238,24 @@ class Objective:
 
     def _begin(self, w: Tensor) -> Tensor:
         """Check what may have changed since the last call: the vector, the model's mode."""
-        self._require_vector(w, "w")
+        self.require_vector(w, "w")
         require_fixed_modules(self.model)
         return w
 
-    def _require_vector(self, v: Tensor, name: str) -> None:
+    def _require_length(self, v: Tensor, name: str) -> None:
         if v.shape != (self.size,):
             raise ValueError(
                 f"`{name}` must be a flat vector with one entry for each of the {self.size} "
                 f"selected weights, got shape {list(v.shape)}."
             )
+
+    def require_vector(self, v: Tensor, name: str) -> None:
+        """Check that v can stand beside the weights.
+
+        Raises:
+            ValueError: Naming ``name``, if v has another length, type or device than the weights.
+        """
+        self._require_length(v, name)
         if v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
                 f"`{name}` must be {self.dtype} on {self.device} like the model's weights, got "
@@ -246,23 +266,33 @@ class Objective:
         """Sum of the samples' losses over one batch, whatever the criterion returns."""
         loss = self._criterion(self.output(w, batch), _target(batch))
         if loss.ndim > 0:
-            return _per_sample(loss, batch_length(batch)).sum()
+            return self._per_sample(loss, batch_length(batch)).sum()
         return loss if self._reduction == "sum" else loss * batch_length(batch)
 
     def _batch_samples(self, output: Any, batch: Batch) -> Tensor:
         """Losses of the samples of one batch, shape [n]."""
         length = batch_length(batch)
         if self._sample_criterion is not None:
-            return _per_sample(self._sample_criterion(output, _target(batch)), length)
+            return self._per_sample(self._sample_criterion(output, _target(batch)), length)
         loss = self._criterion(output, _target(batch))
         if loss.ndim > 0:
-            return _per_sample(loss, length)
+            return self._per_sample(loss, length)
         if isinstance(batch, Mapping) or not isinstance(output, Tensor):
             raise ValueError(
                 "`criterion` must return one loss per sample to give standard errors with this "
                 "kind of batch, got a scalar."
             )
         return torch.vmap(lambda o, t: self._criterion(o[None], t[None]))(output, batch[-1])
+
+    def _per_sample(self, losses: Tensor, length: int) -> Tensor:
+        """One loss per sample from losses with the samples in front; the rest as in the batch."""
+        if losses.numel() % length:
+            raise ValueError(
+                "`criterion` must return a scalar or one loss per sample, got shape "
+                f"{list(losses.shape)} for a batch of {length}."
+            )
+        rows = losses.reshape(length, -1)
+        return rows.sum(dim=1) if self._reduction == "sum" else rows.mean(dim=1)
 
     def _require_sample_weights(self) -> None:
         """Check on the first batch that the forward pass is pure and the criterion a mean."""
@@ -279,8 +309,8 @@ class Objective:
             raise ValueError(
                 "`criterion` must weight every sample of a batch alike, but its mean over the "
                 f"first batch is {total / length:.6g} and the mean of its per-sample losses "
-                f"{expected / length:.6g} (class weights or ignored targets?). Use "
-                '`reduction="sum"`.'
+                f"{expected / length:.6g} (class weights, ignored targets, or a `reduction` that "
+                'is not the criterion\'s own?). Build the criterion with `reduction="sum"`.'
             )
 
     def _mean(self, totals: list[Tensor], w: Tensor) -> float:
@@ -316,16 +346,6 @@ def _target(batch: Batch) -> Any:
     return batch if isinstance(batch, Mapping) else batch[-1]
 
 
-def _per_sample(losses: Tensor, length: int) -> Tensor:
-    """One loss per sample from losses with the samples in front; tokens or pixels averaged."""
-    if losses.numel() % length:
-        raise ValueError(
-            "`criterion` must return a scalar or one loss per sample, got shape "
-            f"{list(losses.shape)} for a batch of {length}."
-        )
-    return losses.reshape(length, -1).mean(dim=1)
-
-
 def _unreduced(criterion: Criterion) -> Criterion | None:
     """Return the criterion without its mean over the batch, where it offers that."""
     if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
@@ -353,7 +373,7 @@ def _select(model: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:
         raise ValueError(
             "`parameters` must select at least one parameter, got none of the model's "
             f"{len(named)}"
-            + (" (all are frozen; call `requires_grad_()`)." if selection is None else ".")
+            + (" (all are frozen; call `requires_grad_()`)." if named and not selection else ".")
         )
     for name, p in chosen.items():
         if not p.is_floating_point():

@@ -75,7 +75,8 @@ class Operator:
         dtype = torch.float32 if kind == np.float32 else torch.float64
 
         def product(v: Tensor) -> Tensor:
-            out = np.asarray(A @ v.detach().cpu().numpy())
+            # A copy, because torch takes neither reversed nor read-only arrays.
+            out = np.array(A @ v.detach().cpu().numpy())
             return torch.from_numpy(out).to(device=device, dtype=dtype)
 
         return cls(product, int(A.shape[0]), dtype, device)
@@ -121,7 +122,7 @@ def hessian_operator(objective: Objective, w: Float[Tensor, " d"] | None = None)
         Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
     w = objective.weights() if w is None else w.detach().clone()
-    objective.unflatten(w)
+    objective.require_vector(w, "w")
     slack = 1e-10 if objective.dtype == torch.float64 else 1e-4
     first: float | None = None
 

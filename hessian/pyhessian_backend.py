@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def power_iteration(
         seed: Seed of PyHessian's starting vectors.
 
     Returns:
-        The eigenspace as PyHessian leaves it; its gap is unknown (NaN).
+        The eigenspace as PyHessian leaves it, sorted by magnitude; its gap is unknown (NaN).
 
     References:
         Yao, Gholami, Keutzer, Mahoney (2020), PyHessian. https://github.com/amirgholami/PyHessian
@@ -65,6 +66,14 @@ def power_iteration(
     scale = max(abs(float(value)) for value in values)
     space = measured_eigenspace(
         operator, vectors, gap=math.nan, num_products=spent + k, goal=tol * scale
+    )
+    # Deflation may find a smaller pair first when it stops early.
+    order = space.values.abs().argsort(descending=True)
+    space = replace(
+        space,
+        values=space.values[order],
+        vectors=space.vectors[:, order],
+        residuals=space.residuals[order],
     )
     if not space.converged:
         warnings.warn(

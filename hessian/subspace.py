@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,6 +56,9 @@ class Eigenspace:
     def first(self, k: int) -> "Eigenspace":
         """Return the first k pairs, with the gap to the ones left out.
 
+        That gap is known exactly to the pairs at hand. To the rest of the spectrum it is at least
+        what the whole eigenspace keeps, and at least what the order of the values leaves.
+
         Raises:
             ValueError: If k is not between 1 and the number of pairs.
         """
@@ -66,12 +68,15 @@ class Eigenspace:
         if k == total:
             return self
         kept, rest = self.values[:k], self.values[k:]
-        distance = torch.cdist(kept[:, None], rest[:, None], p=1.0).min()
+        near = float((kept[:, None] - rest[None, :]).abs().min())
+        # Nothing outside leads the last pair, whichever way the values are ordered.
+        outside = float((kept.abs() - rest[-1].abs()).min())
+        far = outside if math.isnan(self.gap) else max(self.gap, outside)
         return Eigenspace(
             kept,
             self.vectors[:, :k],
             self.residuals[:k],
-            float(torch.fmin(distance, torch.tensor(self.gap, dtype=distance.dtype))),
+            max(min(near, far), 0.0),
             self.num_products,
             self.converged,
         )

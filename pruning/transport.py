@@ -64,7 +64,8 @@ class Transport:
         Args:
             product: v ↦ H(w) v.
             w: SGD's weights before the step, shape [d].
-            lr: Learning rate γ of the step.
+            lr: Learning rate γ of the step; the sum of several steps' rates where one product is
+                to serve them all, at an error that grows with lr · ‖H‖.
             threshold: gRDA's threshold g after the step.
 
         Raises:

@@ -41,7 +41,7 @@ from pruning import (
 DTYPE = torch.float64
 NUM_PATH_POINTS = 61
 NUM_PLANE_POINTS = 41
-BEZIER_EPOCHS = 60
+BEZIER_EPOCHS = 40
 BEZIER_LR = 0.1
 
 

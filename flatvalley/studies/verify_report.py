@@ -333,10 +333,12 @@ def _methods_text(findings: Findings) -> list[str]:
         "Directional pruning takes SGD's weights w to sign(w) max(|w| − λ s, 0) with λ = gRDA's "
         "final threshold. The scores s = sign(w) Π₀ sign(w) come in three forms: projector (Π₀ = "
         "I − V Vᵀ with k leading eigenvectors), filter (φ(H), φ(h) = ₁F₁(1; 1+μ; −h t), by one "
-        "Lanczos run), and transport (one Hessian-vector product a step along SGD's path; the "
-        "first-order difference of the two algorithms).",
-        "Transport with the minibatch's Hessian is the exact linearisation of the coupled pair; "
-        "with the Hessian of the training loss it is the theorem's. The loss is the mean "
+        "Lanczos run), and transport (the first-order difference of the two algorithms, carried "
+        "along SGD's path by Hessian-vector products).",
+        "Transport with the minibatch's Hessian, one product a step, is the exact linearisation of "
+        "the coupled pair; with the Hessian of the training loss, one product for every "
+        f"{config.training(config.gammas[0], 0).transport_interval:g} of training time or every "
+        "step, whichever is longer, it is the theorem's. The loss is the mean "
         "cross-entropy over the training images, a fixed function without augmentation or dropout. "
         "Test images take no part in any choice.",
     ]

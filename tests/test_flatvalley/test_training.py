@@ -76,9 +76,25 @@ class StoppedError(Exception):
     pass
 
 
+def test_transport_with_the_full_hessian_takes_one_product_an_interval(data):
+    result = train_coupled(make_model, *data, replace(CONFIG, gamma=0.04))
+    assert result.batch_transport.num_steps == 300
+    assert result.transport.num_steps == 150  # every 0.08, the multiple of 0.04 nearest to 0.1
+    assert result.transport.threshold == result.batch_transport.threshold
+    every_step = train_coupled(
+        make_model, *data, replace(CONFIG, gamma=0.04, transport_interval=0.01)
+    )
+    assert every_step.transport.num_steps == 300
+    D = every_step.transport.difference(result.sgd)
+    change = float((result.transport.difference(result.sgd) - D).norm() / D.norm())
+    assert 0 < change < 0.05
+
+
 @pytest.mark.parametrize("stop", [1, 6, 7, 8, 29])
-def test_run_cut_off_anywhere_ends_with_the_same_bits(data, tmp_path, stop):
-    whole = train_coupled(make_model, *data, CONFIG)
+@pytest.mark.parametrize("interval", [0.1, 1.2])
+def test_run_cut_off_anywhere_ends_with_the_same_bits(data, tmp_path, stop, interval):
+    config = replace(CONFIG, transport_interval=interval)
+    whole = train_coupled(make_model, *data, config)
 
     def stop_later(done, total):
         if done == stop + 1:
@@ -87,11 +103,11 @@ def test_run_cut_off_anywhere_ends_with_the_same_bits(data, tmp_path, stop):
     path = tmp_path / "state"
     with pytest.raises(StoppedError):
         train_coupled(
-            make_model, *data, CONFIG, checkpoint=path, checkpoint_seconds=-1.0, progress=stop_later
+            make_model, *data, config, checkpoint=path, checkpoint_seconds=-1.0, progress=stop_later
         )
     steps = []
     resumed = train_coupled(
-        make_model, *data, CONFIG, checkpoint=path, progress=lambda done, total: steps.append(done)
+        make_model, *data, config, checkpoint=path, progress=lambda done, total: steps.append(done)
     )
     assert steps[0] == stop + 1
     for name in ("sgd", "grda", "second_sgd", "clipped", "times", "sgd_path", "grda_path"):

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh
+
+from hessian import NonFiniteError, Operator, hessian_operator
+from tests.cases import cases, digits_network
+from tests.oracles import dense, dense_derivatives, digits_leading, with_spectrum
+
+A = with_spectrum([4.0, -3.0, 2.0, 1.0, 0.5])
+
+
+def test_matrix_products_go_column_by_column():
+    V = with_spectrum([1.0, 2.0, 3.0, 4.0, 5.0], seed=1)[:, :3]
+    torch.testing.assert_close(Operator.from_matrix(A) @ V, A @ V, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(4,), (6,), (4, 2), (), (2, 5, 1)])
+def test_vectors_of_another_length_are_refused(shape):
+    with pytest.raises(ValueError, match="vector of length 5 is needed"):
+        Operator.from_matrix(A) @ torch.zeros(shape).double()
+
+
+def test_products_of_another_length_are_refused():
+    short = Operator(lambda v: v[:-1], 5, A.dtype, A.device)
+    with pytest.raises(
+        ValueError, match=r"`product` must return a vector of length 5, got .*\[4\]"
+    ):
+        short @ A[0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_products_that_are_not_finite_are_refused(bad):
+    with pytest.raises(NonFiniteError, match="holds a NaN or an infinity"):
+        Operator(lambda v: v * bad, 5, A.dtype, A.device) @ A[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scipy_round_trip_keeps_products_and_type(dtype):
+    ours = Operator.from_matrix(A.to(dtype))
+    back = Operator.from_scipy(ours.to_scipy())
+    assert (back.size, back.dtype, back.device) == (5, dtype, torch.device("cpu"))
+    torch.testing.assert_close(dense(back), A.to(dtype))
+    assert np.allclose(ours.to_scipy() @ np.eye(5), A.numpy())
+
+
+@pytest.mark.parametrize(
+    ("matvec", "expected"),
+    [
+        (lambda x: x[::-1], torch.eye(5).double().flip(0)),  # negative strides
+        (lambda x: np.broadcast_to(x.sum(), 5), torch.ones(5, 5).double()),  # read-only
+        (lambda x: x, torch.eye(5).double()),  # the argument itself
+    ],
+)
+def test_any_array_that_scipy_returns_is_taken(matvec, expected):
+    operator = Operator.from_scipy(LinearOperator((5, 5), matvec=matvec, dtype=np.float64))
+    torch.testing.assert_close(dense(operator), expected)
+    v = torch.ones(5).double()
+    (operator @ v).zero_()
+    assert torch.all(v == 1)
+
+
+def test_integer_matrices_of_scipy_become_float64():
+    operator = Operator.from_scipy(aslinearoperator(np.diag([1, 2])))
+    assert operator.dtype == torch.float64
+    torch.testing.assert_close(operator @ torch.ones(2).double(), torch.tensor([1.0, 2.0]).double())
+
+
+@pytest.mark.oracle
+def test_scipy_eigsh_on_the_digits_hessian_agrees_with_dense():
+    H = hessian_operator(digits_network().objective([400]))
+    found = eigsh(H.to_scipy(), k=4, which="LM", tol=1e-10, return_eigenvectors=False)
+    expected = digits_leading(4)[0]
+    assert np.allclose(np.sort(found), np.sort(expected.numpy()), rtol=1e-8)
+
+
+@pytest.mark.oracle
+def test_scipy_cg_solves_with_our_products():
+    B = with_spectrum([1.0, 2.0, 3.0, 4.0, 5.0])
+    b = np.arange(5.0)
+    x, info = cg(Operator.from_matrix(B).to_scipy(), b, rtol=1e-12)
+    assert info == 0
+    assert np.allclose(B.numpy() @ x, b)
+
+
+def test_the_operator_stays_where_it_was_taken():
+    case = cases()["tanh MLP"]
+    objective = case.objective([8, 4])
+    w = objective.weights()
+    H = hessian_operator(objective, w)
+    v = torch.ones_like(w)
+    before = H @ v
+    w.zero_()
+    assert torch.equal(H @ v, before)
+
+
+def test_the_operator_can_be_taken_anywhere():
+    case = cases()["tanh MLP"]
+    w, _, _, at_weights = dense_derivatives(case.name)
+    elsewhere = dense(hessian_operator(case.objective(), 0.5 * w))
+    assert not torch.allclose(elsewhere, at_weights, atol=1e-3)
+    torch.testing.assert_close(elsewhere, elsewhere.T)
+    default = dense(hessian_operator(case.objective([8, 4])))
+    torch.testing.assert_close(default, at_weights, rtol=1e-10, atol=1e-10)
