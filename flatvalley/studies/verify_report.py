@@ -16,6 +16,13 @@ ROUNDING = 1e-14
 # Minima whose barrier is below this share of that between independent runs share a valley.
 VALLEY_SHARE = 0.1
 CONTROLS = ("soft", "magnitude")
+AGREEMENT = (
+    "relative_error",
+    "relative_error_never_clipped",
+    "relative_error_clipped",
+    "cosine",
+    "zeros_overlap",
+)
 NAMES = {
     "transport": "DP, transport (full Hessian)",
     "transport (minibatch)": "DP, transport (minibatch Hessian)",
@@ -163,27 +170,22 @@ def _agreement_table(findings: Findings) -> Table:
         for i, method in enumerate(findings.methods):
             found = {
                 column: findings.over_seeds(gamma, "methods", method, column)
-                for column in (
-                    "relative_error",
-                    "relative_error_never_clipped",
-                    "relative_error_clipped",
-                    "cosine",
-                    "zeros_overlap",
-                    "zeros_overlap_by_chance",
-                )
+                for column in AGREEMENT
             }
             shown = [
-                _percent(v) if "overlap" in column else _plus_minus(v)
-                for column, v in found.items()
+                _percent(values) if "overlap" in column else _plus_minus(values)
+                for column, values in found.items()
             ]
+            chance = findings.over_seeds(gamma, "methods", method, "zeros_overlap_by_chance")
+            shown[-1] += f" ({100 * float(chance.mean()):.0f} %)"
             label = f"γ = {gamma:g}, λ = {lam:.3f}" if i == 0 else ""
             rows.append(TableRow([label, _name(method), *shown], _kind(i, method)))
     return Table(
         "How close every pruning of the SGD minimum comes to gRDA",
         "Relative error: ‖pruned − gRDA‖ / ‖gRDA − SGD‖, over all weights, over those that gRDA "
         "never clipped, and over those it clipped at some time. Cosine: between the two moves from "
-        "SGD. Overlap of zeros: Jaccard index of the two sets of zeros, beside what independent "
-        f"sets of the same sizes score. Mean ± standard error over {findings.config.seeds} seeds. "
+        "SGD. Overlap of zeros: Jaccard index of the two sets of zeros, and in brackets what "
+        f"independent sets of the same sizes score. Mean ± standard error over {findings.config.seeds} seeds. "
         "Grey: controls.",
         [
             "",
@@ -192,8 +194,7 @@ def _agreement_table(findings: Findings) -> Table:
             "never clipped",
             "clipped",
             "cosine",
-            "overlap of zeros",
-            "by chance",
+            "overlap of zeros (by chance)",
         ],
         rows,
     )
