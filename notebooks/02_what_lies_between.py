@@ -139,10 +139,11 @@ print(f"{'random direction':28s}{random_share(10, len(run.sgd)):.4f}")
 # %% [markdown]
 # ## Answer
 #
-# A valley. Training stopped early here, so the curve, which is trained, finds lower ground than
-# both ends; what counts is that nothing rises between them. Neither the line nor the curve from gRDA to SGD rises above the chord by a tenth of what
+# A valley. Neither the line nor the curve from gRDA to SGD rises above the chord by a tenth of what
 # separates two SGD runs from different starts, and the way leads through flat directions: its share
 # in the sharp ones is below that of a random direction, and far below that of SGD's own noise.
+# Training stopped early here, so the trained curve finds lower ground than both ends; what counts
+# is that nothing rises between them.
 
 # %%
 ridge = found["line to SGD from another start"].excess_over_chord.value

@@ -185,8 +185,8 @@ def _agreement_table(findings: Findings) -> Table:
         "Relative error: ‖pruned − gRDA‖ / ‖gRDA − SGD‖, over all weights, over those that gRDA "
         "never clipped, and over those it clipped at some time. Cosine: between the two moves from "
         "SGD. Overlap of zeros: Jaccard index of the two sets of zeros, and in brackets what "
-        f"independent sets of the same sizes score. Mean ± standard error over {findings.config.seeds} seeds. "
-        "Grey: controls.",
+        "independent sets of the same sizes score. Mean ± standard error over "
+        f"{findings.config.seeds} seeds. Grey: controls.",
         [
             "",
             "method",
