@@ -22,6 +22,7 @@ from hessian.batches import (
     to_device,
 )
 from hessian.determinism import require_fixed_modules, require_pure_forward
+from hessian.double_backward import differentiable_twice
 from hessian.errors import NonFiniteError
 
 Criterion = Callable[..., Tensor]
@@ -197,7 +198,7 @@ class Objective:
         w = self._begin(w).detach().requires_grad_()
         self.require_vector(v, "v")
         out, totals = torch.zeros_like(w), []
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable_twice():
             for batch in self.batches():
                 total = self._batch_total(w, batch)
                 out += _curvature_product(total, w, v)
@@ -211,7 +212,7 @@ class Objective:
         """Return H_b(w) v for the Hessian of the mean loss over one batch."""
         w = self._begin(w).detach().requires_grad_()
         self.require_vector(v, "v")
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable_twice():
             product = _curvature_product(self.batch_loss(w, batch), w, v)
         return self._finite(product, "Hessian-vector product")
 

@@ -1,6 +1,5 @@
 """Symmetric matrices that are known only by their products with vectors."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,8 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from hessian.errors import NonDeterministicError, NonFiniteError
+from hessian.errors import NonFiniteError
+from hessian.kept_graph import KeptGraph
 from hessian.objective import Objective
 
 
@@ -92,23 +92,32 @@ class Operator:
         return LinearOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=kind)
 
 
-def hessian_operator(objective: Objective, w: Float[Tensor, " d"] | None = None) -> Operator:
+def hessian_operator(
+    objective: Objective,
+    w: Float[Tensor, " d"] | None = None,
+    *,
+    memory_budget: int | None = None,
+) -> Operator:
     """Return the Hessian of the training loss at w.
 
-    A product costs about two gradients. The loss, a by-product of every product, is compared
-    with the first one: a change means that the products belong to different matrices.
+    The first product builds the graph of the gradient, at the price of two gradients (and one of
+    the first batch, to see how large it is). Where it fits into the memory budget it is kept, for
+    as long as the operator lives, and a further product is one backward pass through it; batches
+    that do not fit cost two gradients in every product.
 
     Args:
         objective: The training loss.
         w: Where the Hessian is taken, shape [d]. Default: the model's current weights. A copy is
             kept, so later training does not move the operator.
+        memory_budget: Bytes for the graphs that are kept; 0 keeps none. Default: a quarter of what
+            is free at the first product.
 
     Returns:
         The operator of shape [d, d]. Its products raise ``NonDeterministicError`` if the loss at
-        w changed since the first product.
+        w changed since the first product, and ``NonFiniteError`` if they are not finite.
 
     Raises:
-        ValueError: If w does not fit the objective.
+        ValueError: If w does not fit the objective, or the budget is negative.
 
     Example:
         >>> import torch
@@ -123,20 +132,7 @@ def hessian_operator(objective: Objective, w: Float[Tensor, " d"] | None = None)
     """
     w = objective.weights() if w is None else w.detach().clone()
     objective.require_vector(w, "w")
-    slack = 1e-10 if objective.dtype == torch.float64 else 1e-4
-    first: float | None = None
-
-    def product(v: Tensor) -> Tensor:
-        nonlocal first
-        loss, out = objective.loss_and_hessian_product(w, v)
-        if first is None:
-            first = loss
-        if not math.isclose(loss, first, rel_tol=slack, abs_tol=slack):
-            raise NonDeterministicError(
-                f"The loss at the same weights was {first:.9g} in the first product and is "
-                f"{loss:.9g} now, so the products belong to different matrices. Something in the "
-                "data or the model changes between passes."
-            )
-        return out
-
-    return Operator(product, objective.size, objective.dtype, objective.device)
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"`memory_budget` must not be negative, got {memory_budget} bytes.")
+    graph = KeptGraph(objective, w, memory_budget)
+    return Operator(graph.product, objective.size, objective.dtype, objective.device)
