@@ -3,6 +3,7 @@
 from hessian.eigensolvers import leading_eigenspace
 from hessian.errors import ConvergenceWarning, NonDeterministicError, NonFiniteError
 from hessian.functions import FunctionProduct, apply_function
+from hessian.gauss_newton import gauss_newton_operator
 from hessian.objective import LossStatistics, Objective
 from hessian.operators import Operator, hessian_operator
 from hessian.subspace import Eigenspace
@@ -19,6 +20,7 @@ __all__ = [
     "Operator",
     "TraceEstimate",
     "apply_function",
+    "gauss_newton_operator",
     "hessian_operator",
     "leading_eigenspace",
     "trace",

@@ -264,8 +264,12 @@ class Objective:
             )
 
     def _batch_total(self, w: Tensor, batch: Batch) -> Tensor:
-        """Sum of the samples' losses over one batch, whatever the criterion returns."""
-        loss = self._criterion(self.output(w, batch), _target(batch))
+        """Sum of the samples' losses over one batch at weights w."""
+        return self.total_from_output(self.output(w, batch), batch)
+
+    def total_from_output(self, output: Any, batch: Batch) -> Tensor:
+        """Return the sum of the samples' losses over one batch, from the model's output on it."""
+        loss = self._criterion(output, _target(batch))
         if loss.ndim > 0:
             return self._per_sample(loss, batch_length(batch)).sum()
         return loss if self._reduction == "sum" else loss * batch_length(batch)
