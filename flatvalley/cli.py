@@ -105,7 +105,7 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except typer.TyperException as error:
-        _stop(f"{error.format_message()} See `flatvalley --help`.", EXIT_BAD_INPUT)
+        _stop(f"{error.format_message()} See `{_help_command()}`.", EXIT_BAD_INPUT)
     except DamagedFileError as error:
         _stop(str(error), EXIT_BAD_INPUT)
     except NonFiniteError as error:
@@ -122,6 +122,12 @@ def _at_the_door() -> Iterator[None]:
         yield
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _help_command() -> str:
+    known = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    given = next((word for word in sys.argv[1:] if word in known), None)
+    return f"flatvalley {given} --help" if given else "flatvalley --help"
 
 
 def _stop(message: str, status: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 import flatvalley
 
 Row = Mapping[str, Any]
+DECISIVE = ("flatvalley", "torch")
 _PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "scikit-learn", "PyHessian")
 
 
@@ -79,6 +80,14 @@ class Run:
             record = json.loads(file.read_text())
         except ValueError as error:
             raise DamagedFileError(f"{file} is damaged ({error}). Remove its folder.") from error
+        made_with = record.get("environment", {})
+        now = _environment()
+        changed = [name for name in DECISIVE if made_with.get(name) != now[name]]
+        if changed:
+            raise ValueError(
+                f"`out` {self.path} holds a run made with other versions of {', '.join(changed)}, "
+                "whose numbers may differ. Choose another folder, or remove that one."
+            )
         if record.get("study") != study or record.get("config") != self.config:
             found = record.get("config", {})
             other = [key for key in self.config if found.get(key) != self.config[key]]

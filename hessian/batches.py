@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
 from hessian.errors import NonDeterministicError
 
@@ -66,6 +67,15 @@ def as_batches(data: Any, batch_size: int | None) -> Iterable[Batch]:
         raise TypeError(
             "`data` must be iterable more than once, because every product is one pass over it, "
             f"got the one-pass {type(data).__name__}. Pass `list(data)` or the loader itself."
+        )
+    if isinstance(data, Dataset):
+        raise TypeError(
+            "`data` must be a pair of tensors (X, y) or an iterable of batches, got the data set "
+            f"{type(data).__name__}. Wrap it: `DataLoader(dataset, batch_size=128)`."
+        )
+    if isinstance(data, tuple | list) and any(isinstance(part, np.ndarray) for part in data):
+        raise TypeError(
+            "`data` must hold tensors, got NumPy arrays. Convert them with `torch.from_numpy`."
         )
     if not isinstance(data, Iterable):
         raise TypeError(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hessian.errors import ConvergenceWarning
+from hessian.errors import ConvergenceWarning, NonFiniteError
 from hessian.lanczos import Array, KrylovBasis, Response
 from hessian.operators import Operator
 
@@ -63,7 +63,7 @@ def apply_function(
     Raises:
         ValueError: If tol or max_products is not positive, b does not fit or is not finite, or f
             is not finite on the spectrum.
-        NonFiniteError: If a product is not finite.
+        NonFiniteError: If a product is not finite, or f(A) b overflows the type of b.
 
     Example:
         >>> import torch
@@ -112,7 +112,18 @@ def apply_function(
             stacklevel=2,
         )
     ritz_values = torch.from_numpy(basis.ritz()[0].copy())
-    return FunctionProduct(basis.combine(coefficients), error, ritz_values, len(basis), converged)
+    value = basis.combine(coefficients)
+    if not torch.isfinite(value).all():
+        raise NonFiniteError(
+            f"f(A) b overflows {operator.dtype}: |f| reaches {_largest(f, basis):.3g} on the "
+            f"spectrum seen, [{float(ritz_values[0]):.3g}, {float(ritz_values[-1]):.3g}]. Choose "
+            "an f that stays bounded there."
+        )
+    return FunctionProduct(value, error, ritz_values, len(basis), converged)
+
+
+def _largest(f: Response, basis: KrylovBasis) -> float:
+    return float(np.abs(_response(f, basis.ritz()[0])).max())
 
 
 def _remainder(f: Response, basis: KrylovBasis, latest: Array) -> float:
@@ -121,7 +132,7 @@ def _remainder(f: Response, basis: KrylovBasis, latest: Array) -> float:
     # by d / q before, has d q / (1 - q) to go: 2 d if the error falls like 1/m, more if slower.
     m = len(latest)
     # No more than a value can be off that is bounded like f on the spectrum seen so far.
-    most = 2.0 * float(np.abs(_response(f, basis.ritz()[0])).max())
+    most = 2.0 * _largest(f, basis)
     values = [latest, _coefficients(f, basis, 2 * m // 3), _coefficients(f, basis, 4 * m // 9)]
     d, before = (
         float(np.linalg.norm(late - np.pad(early, (0, len(late) - len(early)))))

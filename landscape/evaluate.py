@@ -105,7 +105,8 @@ def evaluate(
 
     Warns:
         BatchNormWarning: If the model normalises by running statistics. They belong to the
-            model's own weights; away from those, the loss comes out too high.
+            model's own weights; away from those, at other ends too, the loss is that of another
+            function.
 
     Example:
         >>> import torch
@@ -170,8 +171,8 @@ def warn_about_batch_norm(objective: Objective) -> None:
         listed = f"`{names[0]}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         warnings.warn(
             f"The model has running statistics in {listed}. They are used as they are at every "
-            "point, but belong to the model's own weights: elsewhere the loss comes out too high, "
-            "and so do barriers.",
+            "point, but belong to the model's own weights: elsewhere the loss is that of another "
+            "function. A barrier may be made up, or hidden by an end that looks worse than it is.",
             BatchNormWarning,
             stacklevel=3,
         )

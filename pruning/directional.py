@@ -58,7 +58,8 @@ def directional_prune(w: Float[Tensor, " d"], scores: Scores, lam: float) -> Pru
 def soft_threshold(w: Float[Tensor, " d"], lam: float) -> Pruned:
     """Return sign(w) max(|w| − λ, 0): directional pruning that takes every direction for flat.
 
-    The control at equal λ: what DP does better than this is all that the Hessian gives.
+    The control at equal λ, where it prunes more than DP does. Hold DP also against it at its best
+    λ and at equal sparsity, to see what the Hessian gives beyond a smaller λ.
 
     Args:
         w: Weights, shape [d].

@@ -30,9 +30,12 @@ from hessian import Objective
 from landscape import Evaluation, Line, barrier, random_share
 
 # What the study asserts. A fourfold smaller learning rate must lower the error of the transport
-# scores by 1.7 or more (theory: 2), to .20 or less at .025; other rates scale like its square root.
+# scores by 1.7 or more (expected: 2), to .20 or less at .025; other rates scale like its square
+# root, but more than half the way from SGD to gRDA is never close.
 WANTED_FALL = 1.7
-WANTED_ERROR, WANTED_ERROR_GAMMA = 0.20, 0.025
+WANTED_ERROR, WANTED_ERROR_GAMMA, LARGEST_WANTED_ERROR = 0.20, 0.025, 0.5
+# Networks whose loss did not fall to half of where it started have no minimum to compare.
+TRAINED_SHARE = 0.5
 
 Record = dict[str, Any]
 Array = npt.NDArray[np.float64]
@@ -297,21 +300,21 @@ def _claims(
 ) -> list[Claim]:
     means = {gamma: float(np.mean(values)) for gamma, values in errors.items()}
     listed = ", ".join(f"{means[g]:.3f} at γ = {g:g}" for g in config.gammas)
-    claims = []
+    claims = [_trained_claim(records)]
     if len(config.gammas) > 1:
         exponent = math.log(WANTED_FALL) / math.log(4.0)
         falls = [(means[a] / means[b], (a / b) ** exponent) for a, b in pairwise(config.gammas)]
         claims.append(
             Claim(
                 "The error of the transport scores falls with the learning rate at close to the "
-                f"theorem's rate γ^½: by {WANTED_FALL} or more for a fourfold smaller γ.",
+                f"expected γ^½: by {WANTED_FALL} or more for a fourfold smaller γ.",
                 "Relative error " + listed + "; it falls by "
                 + ", ".join(f"{fall:.2f} (needed {needed:.2f})" for fall, needed in falls) + ".",
                 all(fall >= needed for fall, needed in falls),
             )
         )  # fmt: skip
     smallest = min(config.gammas)
-    limit = WANTED_ERROR * math.sqrt(smallest / WANTED_ERROR_GAMMA)
+    limit = min(WANTED_ERROR * math.sqrt(smallest / WANTED_ERROR_GAMMA), LARGEST_WANTED_ERROR)
     claims.append(
         Claim(
             "At the smallest learning rate, DP with the transport scores is gRDA's minimum up to "
@@ -346,6 +349,21 @@ def _claims(
         )
     )
     return claims
+
+
+def _trained_claim(records: Mapping[tuple[float, int], Record]) -> Claim:
+    """Without this, networks that never learned, or were pruned away, could satisfy the others."""
+    worst = max(
+        max(r["points"][name]["train_loss"] for name in ("SGD", "gRDA")) / r["start_loss"]
+        for r in records.values()
+    )
+    densest = max(r["points"]["gRDA"]["sparsity"] for r in records.values())
+    return Claim(
+        "There is something to compare: SGD and gRDA trained in every run, to half of the loss at "
+        "the start or less, and gRDA kept some weights.",
+        f"Highest share of the starting loss {worst:.3f}, highest sparsity {densest:.3f}.",
+        worst <= TRAINED_SHARE and densest < 1.0,
+    )
 
 
 def _independent_barriers(

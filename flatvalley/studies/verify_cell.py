@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -43,6 +43,7 @@ NUM_PATH_POINTS = 61
 NUM_PLANE_POINTS = 41
 BEZIER_EPOCHS = 40
 BEZIER_LR = 0.1
+SOFT_SHARES = [i / 50 for i in range(76)]
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,12 @@ def _measure(
     H = hessian_operator(loss, trained.sgd)
     space = _eigenspace(H, config)
     scores = _scores(config, trained, H, space)
-    magnitude = magnitude_prune(trained.sgd, 1.0 - float((trained.grda != 0).double().mean()))
     pruned = {
         name: directional_prune(trained.sgd, s, trained.threshold) for name, s in scores.items()
     }
-    pruned |= {"soft": soft_threshold(trained.sgd, trained.threshold), "magnitude": magnitude}
+    pruned |= _controls(trained, scores["transport"])
+    magnitude = pruned["magnitude"]
+    gradient = loss.gradient(trained.sgd)
     differences = {
         "gRDA": trained.grda - trained.sgd,
         "second SGD": trained.second_sgd - trained.sgd,
@@ -167,6 +169,8 @@ def _measure(
             name: _compare(p, trained, loss, error) | _evidence(scores.get(name), trained.sgd)
             for name, p in pruned.items()
         },
+        "gradient_norm": float(gradient.norm()),
+        "start_loss": loss.loss(trained.start),
         "eigenspace": {
             "k": len(space.values),
             "largest": float(space.values.max()),
@@ -185,6 +189,7 @@ def _measure(
         "curvature": {
             name: {
                 "distance": float(D.norm()),
+                "linear": float(gradient @ D),
                 "quadratic": 0.5 * float(D @ (H @ D)),
                 "measured": loss.loss(trained.sgd + D) - loss.loss(trained.sgd),
             }
@@ -250,6 +255,33 @@ def _scores(
     return found
 
 
+def _controls(trained: CoupledResult, transport: Scores) -> dict[str, Pruned]:
+    """What prunings without the Hessian, or with its knowledge scrambled, come to."""
+    w = trained.sgd
+    sparsity = 1.0 - float((trained.grda != 0).double().mean())
+    # The best share of λ is chosen with gRDA's weights in hand: no method could do that.
+    best = min(
+        (soft_threshold(w, share * trained.threshold) for share in SOFT_SHARES),
+        key=lambda pruned: float((pruned.weights - trained.grda).norm()),
+    )
+    generator = torch.Generator().manual_seed(0)
+    shuffled = transport.values[torch.randperm(len(w), generator=generator)]
+    return {
+        "permuted scores": directional_prune(
+            w, replace(transport, values=shuffled), trained.threshold
+        ),
+        "soft": soft_threshold(w, trained.threshold),
+        "soft, best lambda": best,
+        "soft, same sparsity": soft_threshold(w, _level(w, sparsity)),
+        "magnitude": magnitude_prune(w, sparsity),
+    }
+
+
+def _level(w: Tensor, sparsity: float) -> float:
+    zeros = round(sparsity * len(w))
+    return float(w.abs().sort().values[zeros - 1]) if zeros else 0.0
+
+
 def _bezier(config: CellConfig, data: Dataset, trained: CoupledResult) -> BezierCurve:
     minibatches = Objective(
         network(config, data),
@@ -285,6 +317,7 @@ def _compare(
     zeros, expected = pruned.weights == 0, trained.grda == 0
     either = int((zeros | expected).sum())
     result = {
+        "lam": pruned.lam,
         "relative_error": float(missed.norm() / D.norm()),
         "cosine": float(torch.dot(moved, D) / (moved.norm() * D.norm())),
         # Jaccard index of the two sets of zeros, and what independent sets of their sizes score.

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def finished(tmp_path_factory):
 def test_exit_status_says_whether_the_claims_hold(finished):
     out, done = finished
     claims = json.loads((out / "run.json").read_text())["claims"]
-    assert len(claims) == 3
+    assert len(claims) == 4
     assert done.returncode == (0 if all(claim["holds"] for claim in claims) else 1), done.stderr
     assert "Traceback" not in done.stderr
 
@@ -69,12 +70,58 @@ def test_folder_holds_record_tables_figures_and_weights(finished):
     assert len(list((out / "cells").iterdir())) == 4
 
 
+DEPARTING = {"soft, best lambda", "soft, same sparsity"}
+
+
+def scores_of(method, tensors):
+    if method != "permuted scores":
+        return tensors[f"scores.{method}"]
+    generator = torch.Generator().manual_seed(0)
+    return tensors["scores.transport"][torch.randperm(len(tensors["sgd"]), generator=generator)]
+
+
+def test_controls_are_what_they_are_called(finished):
+    out, _ = finished
+    with (out / "tables" / "methods.csv").open() as file:
+        cells = {}
+        for r in csv.DictReader(file):
+            cells.setdefault((r["gamma"], r["seed"]), {})[r["method"]] = r
+    with (out / "tables" / "minima.csv").open() as file:
+        grda = {(r["gamma"], r["seed"]): r for r in csv.DictReader(file) if r["point"] == "gRDA"}
+    for key, methods in cells.items():
+        best = float(methods["soft, best lambda"]["relative_error"])
+        assert best <= float(methods["soft"]["relative_error"])
+        assert best <= float(methods["soft, same sparsity"]["relative_error"]) + 1e-2
+        for name in ("soft, same sparsity", "magnitude"):
+            expected = pytest.approx(float(grda[key]["sparsity"]), abs=1e-12)
+            assert float(methods[name]["sparsity"]) == expected
+
+
+def test_networks_that_never_learned_do_not_pass(tmp_path):
+    options = ["--gamma=30", "--gamma=0.4", "--time=120", "--seeds=1", "--hidden=3", "--k=2"]
+    done = flatvalley("verify", *options, "--out", tmp_path / "run")
+    assert done.returncode in (1, 3), done.stdout
+    if done.returncode == 1:
+        claims = json.loads((tmp_path / "run" / "run.json").read_text())["claims"]
+        assert not claims[0]["holds"]
+
+
+def test_run_of_another_version_is_not_mixed_in(finished, tmp_path):
+    out = tmp_path / "old"
+    shutil.copytree(finished[0], out)
+    record = json.loads((out / "run.json").read_text())
+    record["environment"]["torch"] = "1.0"
+    (out / "run.json").write_text(json.dumps(record))
+    done = flatvalley("verify", *SMALL, "--out", out)
+    assert done.returncode == 2
+    assert "made with other versions of torch" in done.stderr
+
+
 def test_tables_say_what_the_saved_weights_say(finished):
     out, _ = finished
     tensors, _ = read_cell(out / "cells" / "gamma0.1_seed1.safetensors")
     with (out / "tables" / "methods.csv").open() as file:
         rows = [r for r in csv.DictReader(file) if r["gamma"] == "0.1" and r["seed"] == "1"]
-    lam = float(rows[0]["lambda"])
     D = tensors["grda"] - tensors["sgd"]
     for row in rows:
         w = tensors["sgd"]
@@ -82,8 +129,9 @@ def test_tables_say_what_the_saved_weights_say(finished):
             pruned = tensors["magnitude"]
             assert float((pruned == 0).double().mean()) == pytest.approx(float(row["sparsity"]))
         else:
-            s = 1.0 if row["method"] == "soft" else tensors[f"scores.{row['method']}"]
-            pruned = w.sign() * (w.abs() - lam * s).clamp(min=0)
+            s = 1.0 if row["method"].startswith("soft") else scores_of(row["method"], tensors)
+            pruned = w.sign() * (w.abs() - float(row["lam"]) * s).clamp(min=0)
+            assert row["method"] in DEPARTING or float(row["lam"]) == float(row["lambda"])
         error = float((pruned - tensors["grda"]).norm() / D.norm())
         assert error == pytest.approx(float(row["relative_error"]), rel=1e-9), row["method"]
         kept = ~tensors["clipped"]
@@ -217,8 +265,6 @@ def test_report_refers_to_nothing_outside_itself(finished):
 
 
 def chromium() -> str | None:
-    import shutil
-
     return next((p for n in ("chromium", "google-chrome") if (p := shutil.which(n))), None)
 
 

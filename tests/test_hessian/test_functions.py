@@ -267,3 +267,9 @@ def test_nan_from_a_product_is_an_error():
     broken = Operator(lambda v: v * torch.nan, 3, torch.float64, torch.device("cpu"))
     with pytest.raises(NonFiniteError):
         apply_function(broken, torch.exp, torch.ones(3).double())
+
+
+def test_a_product_that_overflows_its_type_is_an_error_and_no_nan():
+    A = Operator.from_matrix(torch.diag(torch.linspace(0.0, 100.0, 30)))
+    with pytest.raises(NonFiniteError, match=r"overflows torch\.float32: \|f\| reaches"):
+        apply_function(A, torch.exp, torch.ones(30))

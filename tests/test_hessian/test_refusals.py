@@ -334,3 +334,10 @@ def test_data_that_change_in_place_are_refused_by_the_operator():
     x[3] += 1e-3
     with pytest.raises(NonDeterministicError, match=r"different matrices"):
         H @ v
+
+
+def test_a_data_set_or_arrays_in_place_of_data_say_what_to_do():
+    with pytest.raises(TypeError, match=r"the data set TensorDataset\. Wrap it: `DataLoader"):
+        Objective(mlp(), CRITERION, TensorDataset(X, Y))
+    with pytest.raises(TypeError, match=r"Convert them with `torch\.from_numpy`"):
+        Objective(mlp(), CRITERION, (X.numpy(), Y.numpy()))
