@@ -3,9 +3,8 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from hessian.batches import (
 from hessian.determinism import require_fixed_modules, require_pure_forward
 from hessian.double_backward import differentiable_twice
 from hessian.errors import NonFiniteError
+from hessian.parameters import Selection, select_parameters
 
 Criterion = Callable[..., Tensor]
-Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Objective:
             raise ValueError(f'`reduction` must be "mean" or "sum", got "{reduction}".')
         self.model, self._criterion, self._reduction = model, criterion, reduction
         self._sample_criterion = _unreduced(criterion)
-        self._parameters = _select(model, parameters)
+        self._parameters = select_parameters(model, parameters)
         first = next(iter(self._parameters.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
@@ -365,42 +364,3 @@ def _unreduced(criterion: Criterion) -> Criterion | None:
     if not has_option:
         return None
     return lambda output, target: criterion(output, target, reduction="none")
-
-
-def _select(model: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:
-    named = dict(model.named_parameters())
-    if selection is None:
-        chosen = {name: p for name, p in named.items() if p.requires_grad}
-    elif callable(selection):
-        chosen = {name: p for name, p in named.items() if selection(name, p)}
-    else:
-        chosen = _match(named, [selection] if isinstance(selection, str) else selection)
-    if not chosen:
-        raise ValueError(
-            "`parameters` must select at least one parameter, got none of the model's "
-            f"{len(named)}"
-            + (" (all are frozen; call `requires_grad_()`)." if named and not selection else ".")
-        )
-    for name, p in chosen.items():
-        if not p.is_floating_point():
-            raise ValueError(f"`parameters` must be real floating-point, `{name}` is {p.dtype}.")
-    kinds = {(p.dtype, p.device) for p in chosen.values()}
-    if len(kinds) > 1:
-        listed = sorted(f"{dtype} on {device}" for dtype, device in kinds)
-        raise ValueError(
-            "`parameters` must share one type and device to form one flat vector, got "
-            f"{', '.join(listed)}."
-        )
-    return chosen
-
-
-def _match(named: dict[str, nn.Parameter], patterns: Iterable[str]) -> dict[str, nn.Parameter]:
-    wanted: set[str] = set()
-    for pattern in patterns:
-        hits = {name for name in named if fnmatchcase(name, pattern)}
-        if not hits:
-            raise ValueError(
-                f'`parameters` pattern "{pattern}" matches none of {", ".join(named) or "nothing"}.'
-            )
-        wanted |= hits
-    return {name: p for name, p in named.items() if name in wanted}

@@ -152,6 +152,7 @@ def verify(run: Run, config: VerifyConfig, *, workers: int, console: Console) ->
         The findings. Tables are written to the run's folder.
     """
     began = monotonic()
+    before = float(run.record.get("cost", {}).get("seconds", 0.0))  # of earlier, finished sessions
     names = {
         (gamma, seed): f"cells/gamma{gamma:g}_seed{seed}.safetensors"
         for gamma in reversed(config.gammas)  # the longest first
@@ -187,7 +188,7 @@ def verify(run: Run, config: VerifyConfig, *, workers: int, console: Console) ->
                 "standard_error": findings.order[1],
             },
             "cost": {
-                "seconds_of_last_session": round(monotonic() - began, 1),
+                "seconds": round(before + monotonic() - began, 1),
                 "cpu_seconds": round(
                     sum(
                         r["cost"]["training_cpu_seconds"] + r["cost"]["measuring_cpu_seconds"]

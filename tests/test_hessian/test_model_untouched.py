@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessian import Objective, apply_function, hessian_operator, leading_eigenspace, trace
+from hessian import (
+    Objective,
+    apply_function,
+    gauss_newton_operator,
+    hessian_operator,
+    leading_eigenspace,
+    trace,
+)
 from tests.cases import Reiterable, cases, frozen_batch_norm_cnn, seeded
 
 CASE = cases()["CNN with frozen batch norm"]
@@ -72,6 +79,7 @@ CALLS = {
     "sample_losses": lambda o, w: o.sample_losses(w),
     "statistics": lambda o, w: o.statistics(w),
     "hessian_operator": lambda o, w: hessian_operator(o, w) @ torch.stack([w, w], 1),
+    "gauss_newton_operator": lambda o, w: gauss_newton_operator(o, w) @ w,
     "to_scipy": lambda o, w: hessian_operator(o).to_scipy() @ w.numpy(),
     "leading_eigenspace": lambda o, w: leading_eigenspace(hessian_operator(o), k=2),
     "pyhessian": lambda o, w: leading_eigenspace(

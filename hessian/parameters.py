@@ -1,0 +1,54 @@
+"""Which parameters of a model make up the flat weight vector."""
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+"""Glob patterns of names, a predicate of (name, parameter), or None for all that train."""
+
+
+def select_parameters(model: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:
+    """Return the selected parameters by name, in the model's order, tied ones once.
+
+    Raises:
+        ValueError: If none is selected, a pattern matches nothing, or they do not share one real
+            floating-point type and one device.
+    """
+    named = dict(model.named_parameters())
+    if selection is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+    elif callable(selection):
+        chosen = {name: p for name, p in named.items() if selection(name, p)}
+    else:
+        chosen = _match(named, [selection] if isinstance(selection, str) else selection)
+    if not chosen:
+        raise ValueError(
+            "`parameters` must select at least one parameter, got none of the model's "
+            f"{len(named)}"
+            + (" (all are frozen; call `requires_grad_()`)." if named and not selection else ".")
+        )
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise ValueError(f"`parameters` must be real floating-point, `{name}` is {p.dtype}.")
+    kinds = {(p.dtype, p.device) for p in chosen.values()}
+    if len(kinds) > 1:
+        listed = sorted(f"{dtype} on {device}" for dtype, device in kinds)
+        raise ValueError(
+            "`parameters` must share one type and device to form one flat vector, got "
+            f"{', '.join(listed)}."
+        )
+    return chosen
+
+
+def _match(named: dict[str, nn.Parameter], patterns: Iterable[str]) -> dict[str, nn.Parameter]:
+    wanted: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in named if fnmatchcase(name, pattern)}
+        if not hits:
+            raise ValueError(
+                f'`parameters` pattern "{pattern}" matches none of {", ".join(named) or "nothing"}.'
+            )
+        wanted |= hits
+    return {name: p for name, p in named.items() if name in wanted}
