@@ -16,6 +16,7 @@ from hessian.batches import (
     Batch,
     as_batches,
     batch_length,
+    map_tensors,
     one_pass,
     require_repeatable,
     to_device,
@@ -72,7 +73,8 @@ class Objective:
     Raises:
         NonDeterministicError: If the loss would change between two passes (a shuffling or
             augmenting loader, dropout, batch norm in training mode); the message names the cause.
-        ValueError: If no parameter is selected, data are empty, parameters have mixed types, or
+        ValueError: If no parameter is selected, data are empty or of another type than the
+            weights, parameters have mixed types, or
             the criterion does not weight every sample once.
         TypeError: If data are not iterable, or only once.
         NonFiniteError: From every method, if the loss or a derivative is not finite.
@@ -302,8 +304,18 @@ class Objective:
         """Check on the first batch that the forward pass is pure and the criterion a mean."""
         batch = next(self.batches())
         w = self.weights()
-        with torch.no_grad(), require_pure_forward(self.model):
-            total = float(self._batch_total(w, batch))
+        try:
+            with torch.no_grad(), require_pure_forward(self.model):
+                total = float(self._batch_total(w, batch))
+        except RuntimeError as error:
+            foreign = _floating_types(batch) - {self.dtype}
+            if not foreign:
+                raise
+            raise ValueError(
+                f"`data` holds {', '.join(map(str, foreign))}, the model's weights are "
+                f"{self.dtype}, and the forward pass failed ({error}). Convert the data, or the "
+                f"model with `model.to({next(iter(foreign))})`."
+            ) from error
         if self._sample_criterion is None or not math.isfinite(total):
             return
         with torch.no_grad():
@@ -345,6 +357,18 @@ def _curvature_product(total: Tensor, w: Tensor, v: Tensor) -> Tensor:
     if not gradient.requires_grad:  # a loss linear in w
         return torch.zeros_like(w)
     return torch.autograd.grad(gradient, w, v, materialize_grads=True)[0].detach()
+
+
+def _floating_types(batch: Batch) -> set[torch.dtype]:
+    found: set[torch.dtype] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.add(tensor.dtype)
+        return tensor
+
+    map_tensors(batch, note)
+    return found
 
 
 def _target(batch: Batch) -> Any:

@@ -341,3 +341,15 @@ def test_a_data_set_or_arrays_in_place_of_data_say_what_to_do():
         Objective(mlp(), CRITERION, TensorDataset(X, Y))
     with pytest.raises(TypeError, match=r"Convert them with `torch\.from_numpy`"):
         Objective(mlp(), CRITERION, (X.numpy(), Y.numpy()))
+
+
+def test_data_of_another_type_than_the_weights_say_what_to_convert():
+    model = nn.Linear(X.shape[1], 2)  # float32
+    with pytest.raises(ValueError, match=r"`data` holds torch\.float64, the model's weights are"):
+        Objective(model, nn.MSELoss(), (X, torch.zeros(len(X), 2)))
+
+
+def test_an_error_of_the_model_itself_arrives_as_it_is():
+    model = seeded(lambda: nn.Linear(X.shape[1] + 1, 2))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Objective(model, nn.MSELoss(), (X, torch.zeros(len(X), 2).double()))
