@@ -1,7 +1,7 @@
 """One cell of the verify study: one seed, one learning rate, trained and measured."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import process_time
@@ -14,10 +14,18 @@ from flatvalley.data import Dataset, load_dataset
 from flatvalley.models import tanh_mlp
 from flatvalley.run import read_tensors, write_tensors
 from flatvalley.training import CoupledConfig, CoupledResult, Progress, train_coupled
-from hessian import ConvergenceWarning, Eigenspace, Objective, hessian_operator, leading_eigenspace
+from hessian import (
+    ConvergenceWarning,
+    Eigenspace,
+    Objective,
+    Operator,
+    hessian_operator,
+    leading_eigenspace,
+)
 from landscape import (
     Barrier,
     BezierCurve,
+    Evaluation,
     Line,
     Plane,
     barrier,
@@ -171,51 +179,68 @@ def _measure(
         },
         "gradient_norm": float(gradient.norm()),
         "start_loss": loss.loss(trained.start),
-        "eigenspace": {
-            "k": len(space.values),
-            "largest": float(space.values.max()),
-            "smallest_kept": float(space.values.abs().min()),
-            "worst_residual": float(space.residuals.max()),
-            "converged": space.converged,
-            "projector_error_bound": {
-                str(k): space.first(k).projector_error_bound for k in config.ks
-            },
-            "num_products": space.num_products,
-        },
+        "eigenspace": _eigenspace_record(space, config.ks),
         "shares": {
             name: [share_in_subspace(D, space.vectors[:, :k]) for k in share_ks(max(config.ks))]
             for name, D in differences.items()
         },
         "curvature": {
-            name: {
-                "distance": float(D.norm()),
-                "linear": float(gradient @ D),
-                "quadratic": 0.5 * float(D @ (H @ D)),
-                "measured": loss.loss(trained.sgd + D) - loss.loss(trained.sgd),
-            }
-            for name, D in differences.items()
+            name: _loss_change(loss, H, trained.sgd, D, gradient) for name, D in differences.items()
         },
-        "barriers": {},
         "cost": {
             "steps": config.training.num_steps,
             "transport_products": trained.transport.num_products,
         },
     }
-    for name, between in paths.items():
-        for what, objective in (("train loss", loss), ("test error", error)):
-            found = barrier(objective, between, num_points=NUM_PATH_POINTS)
-            record["barriers"].setdefault(name, {})[what] = barrier_record(found)
-            sums = found.evaluation.total, found.evaluation.total_squares
-            tensors[f"profile.{name}.{what}"] = torch.stack([found.evaluation.count, *sums])
+    record["barriers"], profiles = _walk(paths, {"train loss": loss, "test error": error})
+    tensors |= profiles
     if config.with_plane:
         plane = Plane.through(trained.grda, trained.sgd, curve.control_points[1])
         points = _plane_points(plane, list(curve.control_points))
-        found_plane = evaluate(loss, plane, points)
-        tensors["plane.points"] = points
-        tensors["plane.sums"] = torch.stack(
-            [found_plane.count, found_plane.total, found_plane.total_squares]
-        )
+        tensors |= {"plane.points": points, "plane.sums": _sums(evaluate(loss, plane, points))}
     return tensors, record
+
+
+def _eigenspace_record(space: Eigenspace, ks: Sequence[int]) -> dict[str, Any]:
+    return {
+        "k": len(space.values),
+        "largest": float(space.values.max()),
+        "smallest_kept": float(space.values.abs().min()),
+        "worst_residual": float(space.residuals.max()),
+        "converged": space.converged,
+        "projector_error_bound": {str(k): space.first(k).projector_error_bound for k in ks},
+        "num_products": space.num_products,
+    }
+
+
+def _loss_change(
+    loss: Objective, H: Operator, w: Tensor, D: Tensor, gradient: Tensor
+) -> dict[str, float]:
+    """The change of the training loss from w to w + D, to first and second order and measured."""
+    return {
+        "distance": float(D.norm()),
+        "linear": float(gradient @ D),
+        "quadratic": 0.5 * float(D @ (H @ D)),
+        "measured": loss.loss(w + D) - loss.loss(w),
+    }
+
+
+def _walk(
+    paths: Mapping[str, Line | BezierCurve], objectives: Mapping[str, Objective]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Barriers on every path in every measure, and the profiles they are read from."""
+    records: dict[str, Any] = {}
+    profiles: dict[str, Tensor] = {}
+    for name, path in paths.items():
+        for what, objective in objectives.items():
+            found = barrier(objective, path, num_points=NUM_PATH_POINTS)
+            records.setdefault(name, {})[what] = barrier_record(found)
+            profiles[f"profile.{name}.{what}"] = _sums(found.evaluation)
+    return records, profiles
+
+
+def _sums(evaluation: Evaluation) -> Tensor:
+    return torch.stack([evaluation.count, evaluation.total, evaluation.total_squares])
 
 
 def barrier_record(found: Barrier) -> dict[str, Any]:
@@ -233,7 +258,7 @@ def share_ks(largest: int) -> list[int]:
     return [k for k in steps if k < largest] + [largest]
 
 
-def _eigenspace(H: Any, config: CellConfig) -> Eigenspace:
+def _eigenspace(H: Operator, config: CellConfig) -> Eigenspace:
     with warnings.catch_warnings():
         # Whether it converged is in the record, and in the report beside the numbers.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -242,7 +267,7 @@ def _eigenspace(H: Any, config: CellConfig) -> Eigenspace:
 
 
 def _scores(
-    config: CellConfig, trained: CoupledResult, H: Any, space: Eigenspace
+    config: CellConfig, trained: CoupledResult, H: Operator, space: Eigenspace
 ) -> dict[str, Scores]:
     response = flat_response(mu=config.training.mu, t=config.training.time)
     found = {
