@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
 from queue import Empty
 from time import monotonic
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -75,11 +78,25 @@ def _spread(
         context.Process(target=_serve, args=(work, waiting, events), daemon=True)
         for _ in range(workers)
     ]
-    for process in processes:
-        process.start()
     left = len(jobs)
+    with _remembered_interrupt() as raise_if_interrupted:
+        _serve_jobs(processes, events, left, show, raise_if_interrupted)
+
+
+def _serve_jobs(
+    processes: list[Any],
+    events: "Queue[Any]",
+    left: int,
+    show: Callable[[str, int, int], None],
+    raise_if_interrupted: Callable[[], None],
+) -> None:
+    """Start the workers and show what they report until all jobs are done; then end them."""
     try:
+        with _interrupts_held_back():  # the workers inherit it: Ctrl-C is for the parent
+            for process in processes:
+                process.start()
         while left:
+            raise_if_interrupted()
             try:
                 kind, name, *rest = events.get(timeout=REPORT_SECONDS)
             except Empty:
@@ -100,8 +117,46 @@ def _spread(
                 raise error
     finally:
         for process in processes:
-            process.terminate()
-            process.join()
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+@contextmanager
+def _remembered_interrupt() -> Iterator[Callable[[], None]]:
+    """Keep a Ctrl-C from being lost where Python ignores exceptions, as in finalisers."""
+    seen = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        raise KeyboardInterrupt
+
+    def raise_if_seen() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield raise_if_seen  # signals reach the main thread only
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield raise_if_seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Deliver a Ctrl-C only after the block, so that no process is left half started."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(work: Work, waiting: "Queue[Any]", events: "Queue[Any]") -> None:

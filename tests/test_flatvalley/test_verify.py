@@ -196,8 +196,8 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         time.sleep(0.02)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, (stdout.decode(), stderr.decode())
     assert stderr.decode() == "flatvalley: interrupted; run the same command again to go on.\n"
 
 
