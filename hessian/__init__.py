@@ -5,7 +5,8 @@ from hessian.errors import ConvergenceWarning, NonDeterministicError, NonFiniteE
 from hessian.functions import FunctionProduct, apply_function
 from hessian.gauss_newton import gauss_newton_operator
 from hessian.objective import LossStatistics, Objective
-from hessian.operators import Operator, hessian_operator
+from hessian.operators import Operator
+from hessian.products import hessian_operator
 from hessian.subspace import Eigenspace
 from hessian.traces import TraceEstimate, trace
 

@@ -11,8 +11,6 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from hessian.errors import NonFiniteError
-from hessian.kept_graph import KeptGraph
-from hessian.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,8 @@ class Operator:
         size: The dimension n.
         dtype: Type of the vectors.
         device: Where the vectors live.
+        columns: Maps a matrix V of shape [n, k] to A V, where that is cheaper than k products.
+        method: How products are computed, in words, for reports.
 
     Example:
         >>> import torch
@@ -37,6 +37,8 @@ class Operator:
     size: int
     dtype: torch.dtype
     device: torch.device
+    columns: Callable[[Tensor], Tensor] | None = None
+    method: str = "product"
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Return A v for v of shape [n], or A V column by column for V of shape [n, k].
@@ -45,17 +47,17 @@ class Operator:
             ValueError: If v or the product has another length than n.
             NonFiniteError: If the product is not finite.
         """
-        if v.ndim == 2:
-            return torch.stack([self @ column for column in v.unbind(dim=1)], dim=1)
-        if v.shape != (self.size,):
+        if v.ndim not in (1, 2) or len(v) != self.size:
             raise ValueError(
-                f"A vector of length {self.size} is needed for a product with this operator, "
-                f"got shape {list(v.shape)}."
+                f"A vector of length {self.size}, or a matrix of such columns, is needed for a "
+                f"product with this operator, got shape {list(v.shape)}."
             )
-        out = self.product(v)
+        if v.ndim == 2 and self.columns is None:
+            return torch.stack([self @ column for column in v.unbind(dim=1)], dim=1)
+        out = self.product(v) if v.ndim == 1 or self.columns is None else self.columns(v)
         if out.shape != v.shape:
             raise ValueError(
-                f"`product` must return a vector of length {self.size}, got shape "
+                f"A product must have the shape of its argument, {list(v.shape)}, got "
                 f"{list(out.shape)}."
             )
         if not torch.isfinite(out).all():
@@ -90,49 +92,3 @@ class Operator:
 
         kind = np.float32 if self.dtype == torch.float32 else np.float64
         return LinearOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=kind)
-
-
-def hessian_operator(
-    objective: Objective,
-    w: Float[Tensor, " d"] | None = None,
-    *,
-    memory_budget: int | None = None,
-) -> Operator:
-    """Return the Hessian of the training loss at w.
-
-    The first product builds the graph of the gradient, at the price of two gradients (and one of
-    the first batch, to see how large it is). Where it fits into the memory budget it is kept, for
-    as long as the operator lives, and a further product is one backward pass through it; batches
-    that do not fit cost two gradients in every product.
-
-    Args:
-        objective: The training loss.
-        w: Where the Hessian is taken, shape [d]. Default: the model's current weights. A copy is
-            kept, so later training does not move the operator.
-        memory_budget: Bytes for the graphs that are kept; 0 keeps none. Default: a quarter of what
-            is free at the first product.
-
-    Returns:
-        The operator of shape [d, d]. Its products raise ``NonDeterministicError`` if the loss at
-        w changed since the first product, and ``NonFiniteError`` if they are not finite.
-
-    Raises:
-        ValueError: If w does not fit the objective, or the budget is negative.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
-        >>> H = hessian_operator(Objective(model, torch.nn.MSELoss(), data))
-        >>> H @ torch.tensor([1.0, 1.0])
-        tensor([1., 4.])
-
-    References:
-        Pearlmutter (1994), Fast exact multiplication by the Hessian.
-    """
-    w = objective.weights() if w is None else w.detach().clone()
-    objective.require_vector(w, "w")
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"`memory_budget` must not be negative, got {memory_budget} bytes.")
-    graph = KeptGraph(objective, w, memory_budget)
-    return Operator(graph.product, objective.size, objective.dtype, objective.device)
