@@ -2,6 +2,7 @@
 # declared dependencies change.
 PYTHON ?= python3
 BIN := .venv/bin
+ORACLE := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops linear_operator opt_einsum
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -15,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flatvalley needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# The oracle of the tests. With its dependencies would come a torchvision that fits no CPU build of torch.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ORACLE)
 	touch $(STAMP)
 
 demo: $(STAMP)   ## the main study on built-in data: figures, tables and report in runs/demo
