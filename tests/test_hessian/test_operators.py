@@ -10,6 +10,113 @@ from tests.oracles import dense, dense_derivatives, digits_leading, with_spectru
 A = with_spectrum([4.0, -3.0, 2.0, 1.0, 0.5])
 
 
+B = with_spectrum([1.0, 2.0, -2.0, 0.0, 3.0], seed=2)
+
+
+def slow(matrix: torch.Tensor) -> Operator:
+    """An operator without a way of its own for several columns."""
+    return Operator(lambda v: matrix @ v, len(matrix), matrix.dtype, matrix.device, method="slow")
+
+
+ARITHMETIC = {
+    "A + B": (lambda a, b: a + b, A + B),
+    "A - B": (lambda a, b: a - b, A - B),
+    "-A": (lambda a, b: -a, -A),
+    "2 A": (lambda a, b: 2 * a, 2 * A),
+    "A 2": (lambda a, b: a * 2.0, 2 * A),
+    "numpy number times A": (lambda a, b: np.float32(0.5) * a, 0.5 * A),
+    "shifted": (lambda a, b: a.shifted(-0.25), A - 0.25 * torch.eye(5).double()),
+    "all at once": (
+        lambda a, b: (3.0 * (a - b)).shifted(1.0) + a,
+        4 * A - 3 * B + torch.eye(5).double(),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [slow, Operator.from_matrix])
+@pytest.mark.parametrize(("combine", "expected"), ARITHMETIC.values(), ids=ARITHMETIC)
+def test_arithmetic_is_that_of_the_matrices(combine, expected, wrap):
+    result = combine(wrap(A), wrap(B))
+    torch.testing.assert_close(dense(result), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(result @ torch.eye(5).double(), expected, rtol=0, atol=1e-14)
+    assert (result.columns is None) == (wrap is slow)
+
+
+def test_a_sum_uses_the_fast_columns_of_the_part_that_has_them():
+    matrix, calls = with_spectrum([1.0, 2.0, 3.0]), []
+
+    def columns(V):
+        calls.append(V.shape)
+        return matrix @ V
+
+    fast = Operator(lambda v: matrix @ v, 3, matrix.dtype, matrix.device, columns)
+    V = torch.eye(3).double()
+    torch.testing.assert_close((slow(matrix) + 2.0 * fast) @ V, 3 * matrix)
+    assert calls == [(3, 3)]
+
+
+def test_the_method_of_a_sum_is_told_in_words():
+    sum_ = (slow(A) - 2 * Operator.from_matrix(B)).shifted(0.5)
+    assert sum_.method == "slow + -1 (2 (dense matrix)), shifted by 0.5"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Operator.from_matrix(torch.eye(4).double()),
+        Operator.from_matrix(torch.eye(5)),
+        Operator(lambda v: v, 5, torch.float64, torch.device("meta")),
+    ],
+)
+def test_operators_that_do_not_fit_are_not_added(other):
+    with pytest.raises(ValueError, match=r"must share size, type and device.* 5, torch\.float64"):
+        Operator.from_matrix(A) + other
+    with pytest.raises(ValueError, match="must share size, type and device"):
+        Operator.from_matrix(A) - other
+
+
+def test_a_number_is_not_added_but_shifts():
+    with pytest.raises(TypeError, match=r"got the number 2\.0\. `A.shifted\(2.0\)`"):
+        Operator.from_matrix(A) + 2.0
+    with pytest.raises(TypeError, match="needs two operators"):
+        Operator.from_matrix(A) - 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_factors_and_shifts_must_be_finite(bad):
+    with pytest.raises(ValueError, match="`factor` must be a finite number"):
+        bad * Operator.from_matrix(A)
+    with pytest.raises(ValueError, match="`tau` must be a finite number"):
+        Operator.from_matrix(A).shifted(bad)
+
+
+@pytest.mark.parametrize("other", ["A", None, [1.0]])
+def test_arithmetic_with_anything_else_is_refused_by_python(other):
+    for call in (lambda: Operator.from_matrix(A) + other, lambda: other * Operator.from_matrix(A)):
+        with pytest.raises(TypeError, match=r"unsupported operand|can't multiply sequence"):
+            call()
+
+
+def test_a_part_of_another_length_cannot_hide_in_a_sum():
+    short = Operator(lambda v: v.sum(dim=0, keepdim=True), 5, A.dtype, A.device)  # broadcasts
+    with pytest.raises(ValueError, match=r"must have the shape of its argument, \[5\], got \[1\]"):
+        (Operator.from_matrix(A) + short) @ A[0]
+
+
+def test_matrices_that_are_not_symmetric_are_refused():
+    skew = A.clone()
+    skew[0, 1] += 1e-3
+    with pytest.raises(
+        ValueError, match=r"symmetric, got .* by up to 1\.00e-03.*\(A \+ A\.T\) / 2"
+    ):
+        Operator.from_matrix(skew)
+    Operator.from_matrix(A + 1e-12 * skew)  # rounding is let pass
+
+
+def test_no_columns_give_no_columns():
+    assert (slow(A) @ A[:, :0]).shape == (5, 0)
+
+
 def test_matrix_products_go_column_by_column():
     V = with_spectrum([1.0, 2.0, 3.0, 4.0, 5.0], seed=1)[:, :3]
     torch.testing.assert_close(Operator.from_matrix(A) @ V, A @ V, rtol=0, atol=1e-14)
