@@ -1,17 +1,105 @@
-"""Settings under which gradients can be differentiated again."""
+"""Settings under which gradients can be differentiated again, and cheaply."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from hessian.convolutions import Geometry, convolution, frozen_batch_norm
+
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
-    """Run attention by plain matrix products inside the block.
+    """Run layers inside the block by kernels that have cheap second derivatives.
 
-    The fused attention kernels, which torch prefers on every device, have no second derivative:
-    pytorch/pytorch#116350. The global settings are put back.
+    Attention runs by plain matrix products and recurrent layers without cuDNN, because the fused
+    kernels, which torch prefers, have no second derivative at all: pytorch/pytorch#116350, #5261.
+    Convolutions and batch norm with running statistics run as in `hessian.convolutions`. Values
+    change by rounding only, third derivatives are not there, and the global settings are put back.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _Substitution():
         yield
+
+
+class _Substitution(TorchFunctionMode):
+    """Replaces calls of layers' functions as the model makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[Tensor, int, tuple[Tensor, Tensor, Tensor | None, Geometry]] | None = None
+        """The latest convolution: its output, the output's version, its arguments."""
+
+    def __exit__(self, *exc: Any) -> None:
+        self._last = None
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in CONVOLUTIONS:
+            bound = _bind_convolution(CONVOLUTIONS[func], *args, **kwargs)
+            if bound is not None:
+                out = convolution(*bound)
+                self._last = out, out._version, bound
+                return out
+        elif func is functional.batch_norm:
+            normalised = self._batch_norm(*args, **kwargs)
+            if normalised is not None:
+                return normalised
+        elif func in RECURRENT and torch.backends.cudnn.enabled:
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        """Return x normalised by running statistics, by its convolution where it just had one."""
+        if training or mean is None or var is None or not x.dtype == mean.dtype == var.dtype:
+            return None
+        scale = torch.rsqrt(var + eps) * (1.0 if weight is None else weight)
+        shift = -mean * scale if bias is None else bias - mean * scale
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            return frozen_batch_norm(x, scale, shift)
+        inputs, W, offset, geometry = self._last[2]
+        if offset is not None:
+            shift = shift + offset * scale
+        return convolution(inputs, W * scale.view(-1, *[1] * (W.ndim - 1)), shift, geometry)
+
+
+def _bind_convolution(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Geometry] | None:
+    """Return the arguments in one form, or None for what is left to torch."""
+    if isinstance(padding, str) or input.ndim != dimensions + 2:
+        return None
+
+    def each(value: Any) -> list[int]:
+        listed = [value] if isinstance(value, int) else list(value)
+        return listed * dimensions if len(listed) == 1 else listed
+
+    return input, weight, bias, (each(stride), each(padding), each(dilation), groups)
