@@ -37,6 +37,9 @@ WANTED_ERROR, WANTED_ERROR_GAMMA, LARGEST_WANTED_ERROR = 0.20, 0.025, 0.5
 # Networks whose loss did not fall to half of where it started have no minimum to compare.
 TRAINED_SHARE = 0.5
 
+STUDIED = ("digits",)
+"""Data sets small enough for the Hessians of this study."""
+
 Record = dict[str, Any]
 Array = npt.NDArray[np.float64]
 
@@ -74,6 +77,8 @@ class VerifyConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for gamma in self.gammas:
             self.training(gamma, 0)
+        if self.data not in STUDIED:
+            raise ValueError(f'`data` must be one of {", ".join(STUDIED)}, got "{self.data}".')
         data = load_dataset(self.data)
         inputs, outputs = data.train_inputs[0].numel(), data.num_classes
         size = (inputs + 1) * self.hidden + (self.hidden + 1) * outputs
