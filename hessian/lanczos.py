@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -10,46 +12,90 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from hessian.operators import Operator
+from hessian.vector_rows import VectorRows, dot
 
 Array = npt.NDArray[np.float64]
 
 
-class KrylovBasis:
-    """Orthonormal vectors q₁, q₂, … with Qᵀ A Q = T tridiagonal.
+@runtime_checkable
+class Shards(Protocol):
+    """Rows of long vectors, spread over the ranks of a process group."""
 
-    Each step costs one product with A and 8 n m flops of reorthogonalisation for m vectors.
-    Memory: m vectors of length n. Scalars are kept in float64, whatever the vectors' type.
+    def local(self, v: Tensor) -> Tensor:
+        """Return this rank's rows of a full tensor."""
+
+    def full(self, part: Tensor) -> Tensor:
+        """Return the full tensor that the ranks hold parts of."""
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Return the sum of a small tensor over the ranks."""
+
+
+@dataclass
+class Remainder:
+    """A direction that A leaves the basis in: A Q = Q T + Σ p cᵀ over all remainders (p, c)."""
+
+    vector: Tensor
+    couplings: Array
+    norm: float = 1.0
+
+
+class KrylovBasis:
+    """Orthonormal vectors q₁, q₂, … with Qᵀ A Q = T, tridiagonal until vectors are combined.
+
+    Each step costs one product with A and 8 n m flops of reorthogonalisation for m vectors, which
+    read every vector four times. Memory: m vectors of length n, and three more. Scalars are kept
+    in float64, whatever the vectors' type.
+
+    The basis may be compressed to a few Ritz vectors, and it may be left in one direction to
+    explore another one: what A maps out of it is kept, so that T stays the projection of A and
+    ``residuals`` stay what they say.
 
     Args:
         operator: Symmetric matrix A, shape [n, n].
         start: First direction, shape [n], not zero.
+        shards: If the vectors are spread over ranks, how; products see full vectors.
 
     References:
         Golub & Van Loan (2013), Matrix Computations, 4th ed., section 10.3.
         Giraud, Langou, Rozloznik (2005), on why two passes of Gram-Schmidt are enough.
+        Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems.
     """
 
-    def __init__(self, operator: Operator, start: Tensor) -> None:
-        self.operator = operator
-        self.alphas: list[float] = []
-        self.betas: list[float] = []
-        self._rows = torch.empty(
-            (min(32, operator.size), operator.size), dtype=operator.dtype, device=operator.device
-        )
-        self._next: Tensor | None = start / start.norm()
+    def __init__(self, operator: Operator, start: Tensor, *, shards: Shards | None = None) -> None:
+        self.operator, self.shards = operator, shards
+        part = start if shards is None else shards.local(start)
+        self.rows = VectorRows(len(part), operator.dtype, operator.device)
+        self.abandoned: list[Remainder] = []
+        """Directions that the basis was left in, for later."""
+        self.current: Remainder | None = Remainder(part / self._norm(part), np.zeros(0))
+        """The direction of the next step; None once A Q leaves nothing in it."""
+        self.tridiagonal = True
+        self.largest_alpha = self.largest_beta = 0.0
+        self._T = np.zeros((16, 16))
 
     def __len__(self) -> int:
-        return len(self.alphas)
+        return len(self.rows)
+
+    @property
+    def T(self) -> Array:
+        """The projection Qᵀ A Q, shape [m, m]."""
+        return self._T[: len(self), : len(self)]
 
     @property
     def exhausted(self) -> bool:
-        """Whether the basis spans an invariant subspace: A Q = Q T with nothing left over."""
-        return self._next is None
+        """Whether the present direction leads no further: there is nothing to extend by."""
+        return self.current is None
 
     @property
     def beta(self) -> float:
-        """The last off-diagonal entry: ‖A Q − Q T‖₂, zero once the basis is exhausted."""
-        return 0.0 if self.exhausted else self.betas[-1]
+        """Norm of what A leaves in the present direction: ‖A Q − Q T‖₂ if it is the only one."""
+        return 0.0 if self.current is None else float(np.linalg.norm(self.current.couplings))
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors of length n that are held."""
+        return len(self) + len(self.abandoned) + (self.current is not None)
 
     def extend(self) -> None:
         """Make one product with A and add one vector to the basis.
@@ -57,60 +103,127 @@ class KrylovBasis:
         Raises:
             RuntimeError: If the basis is exhausted.
         """
-        if self._next is None:
+        if self.current is None:
             raise RuntimeError(
                 "The Krylov basis is exhausted; call `restart` with a new direction."
             )
         m = len(self)
-        if m == len(self._rows):
-            more = torch.empty_like(self._rows[: self.operator.size - m])
-            self._rows = torch.cat([self._rows, more])
-        q = self._rows[m] = self._next
-        r = self.operator @ q
-        self.alphas.append(_dot(q, r))
+        column = self.current.couplings
+        q = self.rows.append(self.current.vector)
+        self.current = None
+        for other in self.abandoned:
+            overlap = self._dot(q, other.vector)
+            column = column + overlap * other.couplings
+            other.vector = other.vector - overlap * q
+            other.norm = self._norm(other.vector)
+            other.couplings = np.append(other.couplings, 0.0)
+        r = self.product(q)
+        alpha = self._dot(q, r)
+        if m == len(self._T):
+            self._T = np.pad(self._T, (0, m))
+        self._T[m, :m] = self._T[:m, m] = column
+        self._T[m, m] = alpha
         r, beta = self._orthogonalised(r)
-        self.betas.append(beta)
+        self.largest_alpha = max(self.largest_alpha, abs(alpha))
+        self.largest_beta = max(self.largest_beta, beta)
+        if m + 1 == self.operator.size:
+            self.abandoned = []
         # A remainder of the size of rounding is no direction: dividing by it would give noise.
-        finished = m + 1 == self.operator.size or beta <= self.rounding
-        self._next = None if finished else r / beta
+        elif beta > self.rounding:
+            self.current = Remainder(r.div_(beta), beta * np.eye(m + 1)[m])
 
     def restart(self, direction: Tensor) -> bool:
-        """Go on from a new direction after the basis is exhausted; False if it spans all."""
+        """Go on from a new direction, shape [n]; False if the basis spans all.
+
+        The direction followed so far is kept among the abandoned ones.
+        """
         if len(self) == self.operator.size:
             return False
-        r, norm = self._orthogonalised(direction / direction.norm())
+        part = direction if self.shards is None else self.shards.local(direction)
+        r, norm = self._orthogonalised(part / self._norm(part))
         if norm <= math.sqrt(torch.finfo(self.operator.dtype).eps):
             return False
-        self.betas[-1] = 0.0
-        self._next = r / norm
+        if self.current is not None:
+            self.abandoned.append(self.current)
+            self.tridiagonal = False
+        self.current = Remainder(r.div_(norm), np.zeros(len(self)))
         return True
+
+    def compress(self, coefficients: Array) -> None:
+        """Replace the basis by Ritz vectors, the columns of C = ``ritz()[1][:, some]``."""
+        values = np.einsum("ip,ij,jp->p", coefficients, self.T, coefficients)
+        self.rows.rotate_(coefficients)
+        p = len(values)
+        self._T[:p, :p] = np.diag(values)
+        for remainder in (*self.abandoned, *([self.current] if self.current else [])):
+            remainder.couplings = coefficients.T @ remainder.couplings
+        self.tridiagonal = False
+
+    def follow_largest(self, coefficients: Array) -> None:
+        """Go on in the direction that leaves most of A Q C outside, for C of shape [m, k]."""
+        if not self.abandoned:
+            return
+        sizes = [self._left(other, coefficients).max() for other in self.abandoned]
+        best = int(np.argmax(sizes))
+        if self.current and self._left(self.current, coefficients).max() >= sizes[best]:
+            return
+        chosen = self.abandoned.pop(best)
+        r, norm = self._orthogonalised(chosen.vector)
+        if self.current is not None:
+            self.abandoned.append(self.current)
+            self.current = None
+        if norm * float(np.linalg.norm(chosen.couplings)) > self.rounding:
+            self.current = Remainder(r.div_(norm), norm * chosen.couplings)
+            self.tridiagonal = False
+
+    def residuals(self, coefficients: Array) -> Array:
+        """Return ‖A Q c − Q T c‖₂ for every column c of C; a bound if directions were abandoned."""
+        left = [self._left(other, coefficients) for other in self.abandoned]
+        if self.current is not None:
+            left.append(self._left(self.current, coefficients))
+        return np.asarray(sum(left, np.zeros(coefficients.shape[1])), dtype=np.float64)
 
     def ritz(self, m: int | None = None) -> tuple[Array, Array]:
         """Return eigenvalues (ascending) and eigenvectors of T, or of its leading m x m block."""
-        m = len(self) if m is None else m
-        values, vectors = eigh_tridiagonal(np.array(self.alphas[:m]), np.array(self.betas[: m - 1]))
+        T = self.T if m is None else self.T[:m, :m]
+        if self.tridiagonal:
+            values, vectors = eigh_tridiagonal(np.diag(T), np.diag(T, 1))
+        else:
+            values, vectors = np.linalg.eigh(T)
         return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
 
     def combine(self, coefficients: Array) -> Tensor:
-        """Return Q c for coefficients of shape [m] or [m, k]."""
-        c = torch.from_numpy(np.ascontiguousarray(coefficients)).to(self._rows)
-        return self._rows[: len(self)].T @ c
+        """Return Q c for coefficients of shape [m] or [m, k]; full vectors on every rank."""
+        out = self.rows.combine(coefficients)
+        return out if self.shards is None else self.shards.full(out)
 
-    def _orthogonalised(self, r: Tensor) -> tuple[Tensor, float]:
-        Q = self._rows[: len(self)]
-        for _ in range(2):
-            r = r - Q.T @ (Q @ r)
-        return r, math.sqrt(max(_dot(r, r), 0.0))
+    def product(self, v: Tensor) -> Tensor:
+        """Return A v for a vector held like those of the basis."""
+        if self.shards is None:
+            return self.operator @ v
+        return self.shards.local(self.operator @ self.shards.full(v))
 
     @property
     def rounding(self) -> float:
         """What rounding leaves of a vector A q, in units of A."""
-        scale = max(abs(a) for a in self.alphas) + max(self.betas)
+        scale = self.largest_alpha + self.largest_beta
         return 10.0 * torch.finfo(self.operator.dtype).eps * scale
 
+    def _orthogonalised(self, r: Tensor) -> tuple[Tensor, float]:
+        for _ in range(2):
+            c = self.rows.coefficients(r)
+            r = self.rows.without(r, c if self.shards is None else self.shards.sum(c))
+        return r, self._norm(r)
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.to(torch.float64), b.to(torch.float64)))
+    def _left(self, remainder: Remainder, coefficients: Array) -> Array:
+        return remainder.norm * np.abs(remainder.couplings @ coefficients)
+
+    def _dot(self, a: Tensor, b: Tensor) -> float:
+        total = dot(a, b)
+        return float(total if self.shards is None else self.shards.sum(total))
+
+    def _norm(self, v: Tensor) -> float:
+        return math.sqrt(max(self._dot(v, v), 0.0))
 
 
 Response = Callable[[Tensor], Tensor]

@@ -1,0 +1,99 @@
+"""Many long vectors as rows of a few blocks, with the matrix products of a Krylov method."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+ROWS = 8
+"""Rows of a block: growing by one block never holds an old and a new copy of all vectors."""
+
+SLAB = 1 << 14
+"""Entries of every row that are rotated at a time, so that no second set of rows is needed."""
+
+CHUNK = 1 << 18
+"""Entries that are summed in float64 at a time: their copies stay in the cache."""
+
+
+class VectorRows:
+    """Rows q₁, q₂, …, each of length n, appended one by one and rotated in place.
+
+    Memory: as many rows as there are, rounded up to eight.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.size, self.dtype, self.device = size, dtype, device
+        self._blocks: list[Tensor] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self._blocks[i // ROWS][i % ROWS]
+
+    def append(self, v: Tensor) -> Tensor:
+        """Copy v into a new last row and return that row."""
+        if self._count == ROWS * len(self._blocks):
+            block = torch.empty((ROWS, self.size), dtype=self.dtype, device=self.device)
+            self._blocks.append(block)
+        self._count += 1
+        row = self[self._count - 1]
+        row.copy_(v)
+        return row
+
+    def coefficients(self, v: Tensor) -> Tensor:
+        """Return Q v, the dot products of every row with v."""
+        return torch.cat([rows @ v for _, rows in self._used()])
+
+    def without(self, v: Tensor, coefficients: Tensor) -> Tensor:
+        """Return v − Qᵀ c as a new vector."""
+        out: Tensor | None = None
+        for first, rows in self._used():
+            c = coefficients[first : first + len(rows)]
+            # v itself may be a row: a product may return its argument.
+            if out is None:
+                out = torch.addmv(v, rows.T, c, alpha=-1)
+            else:
+                out.addmv_(rows.T, c, alpha=-1)
+        return v.clone() if out is None else out
+
+    def combine(self, coefficients: npt.NDArray[np.float64]) -> Tensor:
+        """Return Qᵀ C for C of shape [m] or [m, k]; every column lies in one piece."""
+        C = self._matrix(coefficients)
+        if C.ndim == 1:
+            return self.without(torch.zeros(self.size, dtype=self.dtype, device=self.device), -C)
+        out = torch.zeros((C.shape[1], self.size), dtype=self.dtype, device=self.device)
+        for first, rows in self._used():
+            out.addmm_(C[first : first + len(rows)].T, rows)
+        return out.T
+
+    def rotate_(self, coefficients: npt.NDArray[np.float64]) -> None:
+        """Replace the rows Q by Cᵀ Q for C of shape [m, p], p ≤ m, in place."""
+        C = self._matrix(coefficients).T.contiguous()
+        for begin in range(0, self.size, SLAB):
+            part = slice(begin, begin + SLAB)
+            new = C @ torch.cat([rows[:, part] for _, rows in self._used()])
+            for first, rows in self._used():
+                some = new[first : first + len(rows)]
+                rows[: len(some), part] = some
+        self._count = len(C)
+        del self._blocks[-(-self._count // ROWS) :]
+
+    def _used(self) -> Iterator[tuple[int, Tensor]]:
+        for i, block in enumerate(self._blocks):
+            yield ROWS * i, block[: self._count - ROWS * i]
+
+    def _matrix(self, coefficients: npt.NDArray[np.float64]) -> Tensor:
+        C = torch.from_numpy(np.ascontiguousarray(coefficients))
+        return C.to(dtype=self.dtype, device=self.device)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return aᵀ b as a float64 scalar tensor, summed in float64 without long copies."""
+    if a.dtype == torch.float64:
+        return torch.dot(a, b)
+    parts = zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    return torch.stack([torch.dot(x.double(), y.double()) for x, y in parts]).sum()
