@@ -1,6 +1,7 @@
 """Batches of data: what may be passed, how it is cut, and whether every pass sees the same."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -17,29 +18,23 @@ T = TypeVar("T")
 
 
 class TensorBatches:
-    """A pair of tensors (X, y) cut into batches of ``batch_size`` samples, in order.
+    """Tensors cut into batches of ``batch_size`` samples, in order.
 
     Args:
-        inputs: Tensor of shape [n, ...].
-        target: Tensor of shape [n, ...].
-        batch_size: Samples in a batch; the last batch may be smaller.
+        whole: One batch of all samples; every tensor has shape [n, ...].
+        batch_size: Samples in a batch; the last batch may be smaller. Default: all.
     """
 
-    def __init__(self, inputs: Tensor, target: Tensor, batch_size: int) -> None:
-        if len(inputs) != len(target):
-            raise ValueError(
-                f"`data` must hold as many targets as inputs, got {len(inputs)} inputs and "
-                f"{len(target)} targets."
-            )
-        self.inputs, self.target, self.batch_size = inputs, target, batch_size
+    def __init__(self, whole: Batch, batch_size: int | None) -> None:
+        self._whole, self._length = whole, batch_length(whole)
+        self._batch_size = batch_size or max(self._length, 1)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.inputs), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            yield self.inputs[rows], self.target[rows]
+        for start in range(0, self._length, self._batch_size):
+            yield map_tensors(self._whole, itemgetter(slice(start, start + self._batch_size)))
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.batch_size)
+        return -(-self._length // self._batch_size)
 
 
 def as_batches(data: Any, batch_size: int | None) -> Iterable[Batch]:
@@ -57,10 +52,23 @@ def as_batches(data: Any, batch_size: int | None) -> Iterable[Batch]:
         and all(isinstance(part, Tensor) for part in data)
     ):
         inputs, target = data
-        return TensorBatches(inputs, target, batch_size or max(len(inputs), 1))
+        if len(inputs) != len(target):
+            raise ValueError(
+                f"`data` must hold as many targets as inputs, got {len(inputs)} inputs and "
+                f"{len(target)} targets."
+            )
+        return TensorBatches((inputs, target), batch_size)
+    if isinstance(data, Mapping):
+        lengths = {key: len(part) for key, part in data.items() if isinstance(part, Tensor)}
+        if len(lengths) < len(data) or len(set(lengths.values())) > 1:
+            raise ValueError(
+                "`data` given as one mapping must hold tensors of one length, got "
+                f"{lengths or [type(part).__name__ for part in data.values()]}."
+            )
+        return TensorBatches(data, batch_size)
     if batch_size is not None:
         raise ValueError(
-            "`batch_size` cuts a pair of tensors (X, y) into batches, but `data` is "
+            "`batch_size` cuts tensors (X, y) or a mapping of them into batches, but `data` is "
             f"{type(data).__name__}, which brings its own batches. Leave `batch_size` out."
         )
     if isinstance(data, Iterator):

@@ -1,7 +1,5 @@
 """The training loss as a function of one flat vector of weights, with its derivatives."""
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,17 +19,19 @@ from hessian.batches import (
     require_repeatable,
     to_device,
 )
+from hessian.criteria import BatchCriterion, Count, Criterion, stand_in_output
 from hessian.determinism import require_fixed_modules, require_pure_forward
 from hessian.double_backward import differentiable_twice
 from hessian.errors import NonFiniteError
-from hessian.parameters import Selection, select_parameters
+from hessian.parameters import Selection, select_parameters, unwrapped
 
-Criterion = Callable[..., Tensor]
+Regularizer = Callable[[dict[str, Tensor]], Any]
+"""A scalar tensor from the selected weights by name, in their shapes."""
 
 
 @dataclass(frozen=True)
 class LossStatistics:
-    """Count, sum and sum of squares of per-sample losses at one point."""
+    """Count, sum and sum of squares of per-sample losses at one point, without the regulariser."""
 
     count: int
     total: float
@@ -39,7 +39,7 @@ class LossStatistics:
 
     @property
     def mean(self) -> float:
-        """The loss: the mean over samples."""
+        """The loss on the data: the mean over samples."""
         return self.total / self.count
 
     @property
@@ -54,29 +54,45 @@ class LossStatistics:
 class Objective:
     """The mean loss L(w) over a data set, for any flat weight vector w of shape [d].
 
+    L(w) = Σ_b n_b ℓ_b(w) / Σ_b n_b + R(w), where ℓ_b is the mean loss over batch b, n_b what the
+    batch counts for and R the regulariser. By default n_b is the number of samples, so that every
+    sample counts once, however the data is cut into batches; for a cross-entropy it is the weight
+    of the batch's targets, so that every token counts once.
+
     The model is only read: weights, mode, gradients, buffers and random state stay as they are,
-    also after an exception. Every sample counts once, however the data is cut into batches.
+    also after an exception.
 
     Args:
-        model: Any module. Dropout must be off and batch norm in evaluation mode.
+        model: Any module. Dropout must be off and batch norm in evaluation mode. The wrappers
+            ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile`` are taken off: names
+            and products are those of the module inside.
         criterion: Called as ``criterion(output, target)``, or ``criterion(output, batch)`` for
             mapping batches. Returns the mean over the batch, the sum (``reduction="sum"``), or
             one loss per sample. With a mean or a sum over samples, L is the same.
-        data: A pair of tensors (X, y), or an iterable of batches that gives the same batches in
-            every pass. A batch is ``(*inputs, target)`` or a mapping passed to the model by
-            keyword.
+        data: A pair of tensors (X, y), a mapping of tensors, or an iterable of batches that gives
+            the same batches in every pass. A batch is ``(*inputs, target)`` or a mapping passed to
+            the model by keyword.
         parameters: Which parameters make up w: glob patterns of their names, or a predicate of
             (name, parameter). Default: all that require a gradient. Tied weights count once.
-        batch_size: Cuts a pair of tensors into batches. Default: one batch.
+        batch_size: Cuts a pair or mapping of tensors into batches. Default: one batch.
         reduction: ``"mean"`` or ``"sum"``. Default: what ``criterion.reduction`` says, else mean.
+        count: What the mean over a batch counts for: a function of the batch that returns one
+            number, e.g. ``lambda batch: (batch["labels"][:, 1:] != -100).sum()`` for a language
+            model with padding. Losses that the criterion adds up or lists are then divided by the
+            sum of the counts. Default: the number of samples; for ``nn.CrossEntropyLoss``,
+            ``nn.NLLLoss`` and their functions, what torch divides by: the class weights of the
+            targets that are not ignored.
+        regularizer: A function of the selected weights by name that returns a scalar, added to
+            the mean loss, e.g. ``lambda p: 5e-5 * sum(t.square().sum() for t in p.values())``.
 
     Raises:
         NonDeterministicError: If the loss would change between two passes (a shuffling or
             augmenting loader, dropout, batch norm in training mode); the message names the cause.
         ValueError: If no parameter is selected, data are empty or of another type than the
-            weights, parameters have mixed types, or
-            the criterion does not weight every sample once.
-        TypeError: If data are not iterable, or only once.
+            weights, parameters have mixed types, counts are negative or all zero, or the
+            criterion does not weight every sample once and no ``count`` says how it does.
+        TypeError: If data are not iterable, or only once; if ``count`` or ``regularizer`` returns
+            anything but one number.
         NonFiniteError: From every method, if the loss or a derivative is not finite.
 
     Example:
@@ -90,6 +106,11 @@ class Objective:
         tensor([1., 3.])
     """
 
+    num_samples: int
+    """Number of samples in the data."""
+    normalizer: float
+    """What sums over the batches are divided by: what all batches count for together."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -99,25 +120,27 @@ class Objective:
         parameters: Selection = None,
         batch_size: int | None = None,
         reduction: str | None = None,
+        count: Count | None = None,
+        regularizer: Regularizer | None = None,
     ) -> None:
-        reduction = reduction or getattr(criterion, "reduction", "mean")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'`reduction` must be "mean" or "sum", got "{reduction}".')
-        self.model, self._criterion, self._reduction = model, criterion, reduction
-        self._sample_criterion = _unreduced(criterion)
-        self._parameters = select_parameters(model, parameters)
+        self._criterion = BatchCriterion(criterion, reduction, count)
+        self._regularizer = regularizer
+        self.model = unwrapped(model)
+        self._parameters = select_parameters(self.model, parameters)
         first = next(iter(self._parameters.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
         self._lengths = [p.numel() for p in self._parameters.values()]
         self.size = sum(self._lengths)
         self._data = as_batches(data, batch_size)
-        require_fixed_modules(model)
+        require_fixed_modules(self.model)
         require_repeatable(self._data)
-        self.num_samples = sum(batch_length(batch) for batch in one_pass(self._data))
+        self._require_scalar_regularizer()
+        self.num_samples, self.normalizer = self._survey()
         if self.num_samples == 0:
             raise ValueError("`data` must hold at least one sample, got none.")
-        self._require_sample_weights()
+        if self.normalizer == 0:
+            raise ValueError("`count` must not be 0 for all of the data.")
 
     def weights(self) -> Float[Tensor, " d"]:
         """Return a copy of the model's current weights as one flat vector."""
@@ -161,14 +184,43 @@ class Objective:
         return functional_call(self.model, self.unflatten(w), tuple(batch[:-1]))
 
     def batch_loss(self, w: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, ""]:
-        """Return the mean loss over one batch at weights w; differentiable in w."""
-        return self._batch_total(w, batch) / batch_length(batch)
+        """Return the mean loss over one batch, with the regulariser; differentiable in w.
+
+        L is the mean of these, each weighted with what its batch counts for. A batch that counts
+        for nothing has the regulariser alone.
+        """
+        weight = self._criterion.weight(batch)
+        return self.batch_total(w, batch) / (weight or 1.0) + self.regularization(w)
+
+    def batch_total(self, w: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, ""]:
+        """Return the weighted sum of one batch's losses at weights w; differentiable in w.
+
+        The sum of these over all batches, divided by ``normalizer``, plus ``regularization`` is L.
+        """
+        if self._criterion.weight(batch) == 0:  # its mean would be NaN
+            return w[:0].sum()
+        return self.total_from_output(self.output(w, batch), batch)
+
+    def total_from_output(self, output: Any, batch: Batch) -> Float[Tensor, ""]:
+        """Return the weighted sum of one batch's losses, from the model's output on it."""
+        return self._criterion.total(output, batch)
+
+    def regularization(self, w: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+        """Return the regulariser at weights w, zero if there is none; differentiable in w."""
+        if self._regularizer is None:
+            return w[:0].sum()
+        found: Tensor = self._regularizer(self.unflatten(w))
+        return found
+
+    def reduce_(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place, and return it."""
+        return tensor
 
     def loss(self, w: Float[Tensor, " d"]) -> float:
         """Return L(w). Costs one forward pass over the data."""
         self._begin(w)
         with torch.no_grad():
-            return self._mean([self._batch_total(w, batch) for batch in self.batches()], w)
+            return self._mean([self.batch_total(w, batch) for batch in self.batches()], w)
 
     def gradient(self, w: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """Return the gradient of L at w. Costs one forward and one backward pass."""
@@ -180,11 +232,17 @@ class Objective:
         out, totals = torch.zeros_like(w), []
         with torch.enable_grad():
             for batch in self.batches():
-                total = self._batch_total(w, batch)
+                total = self.batch_total(w, batch)
                 out += torch.autograd.grad(total, w, materialize_grads=True)[0]
                 totals.append(total.detach())
         loss = self._mean(totals, w)
-        return loss, self._finite(out / self.num_samples, "gradient")
+        out = self.reduce_(out).div_(self.normalizer)
+        if self._regularizer is not None:
+            with torch.enable_grad():
+                penalty = self.regularization(w)
+                if penalty.requires_grad:
+                    out += torch.autograd.grad(penalty, w, materialize_grads=True)[0]
+        return loss, self._finite(out, "gradient")
 
     def hessian_product(
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"]
@@ -201,16 +259,20 @@ class Objective:
         out, totals = torch.zeros_like(w), []
         with torch.enable_grad(), differentiable_twice():
             for batch in self.batches():
-                total = self._batch_total(w, batch)
+                total = self.batch_total(w, batch)
                 out += _curvature_product(total, w, v)
                 totals.append(total.detach())
         loss = self._mean(totals, w)
-        return loss, self._finite(out / self.num_samples, "Hessian-vector product")
+        out = self.reduce_(out).div_(self.normalizer)
+        if self._regularizer is not None:
+            with torch.enable_grad():
+                out += _curvature_product(self.regularization(w), w, v)
+        return loss, self._finite(out, "Hessian-vector product")
 
     def batch_hessian_product(
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"], batch: Batch
     ) -> Float[Tensor, " d"]:
-        """Return H_b(w) v for the Hessian of the mean loss over one batch."""
+        """Return H_b(w) v for the Hessian of ``batch_loss``, the mean over one batch."""
         w = self._begin(w).detach().requires_grad_()
         self.require_vector(v, "v")
         with torch.enable_grad(), differentiable_twice():
@@ -218,23 +280,30 @@ class Objective:
         return self._finite(product, "Hessian-vector product")
 
     def sample_losses(self, w: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
-        """Return every sample's loss at w, in the order of the data, in float64.
+        """Return every sample's part of the loss at w, in the order of the data, in float64.
+
+        Their mean is L(w) without the regulariser. Where samples count unevenly, as sentences with
+        their tokens, a sample's part is its sum of losses over the mean count of a sample.
 
         Raises:
             ValueError: If the criterion cannot be taken apart by sample (mapping batches with a
-                criterion that returns a scalar).
+                criterion that returns a scalar), or its single losses do not add up to its mean
+                times ``count``.
         """
         self._begin(w)
         with torch.no_grad():
             losses = [
-                self._batch_samples(self.output(w, batch), batch).to(torch.float64)
+                self._criterion.samples(self.output(w, batch), batch).to(torch.float64)
                 for batch in self.batches()
             ]
         self._mean([part.sum() for part in losses], w)
-        return torch.cat(losses)
+        return torch.cat(losses) * (self.num_samples / self.normalizer)
 
     def statistics(self, w: Float[Tensor, " d"]) -> LossStatistics:
-        """Return count, sum and sum of squares of the samples' losses. Costs one forward pass."""
+        """Return count, sum and sum of squares of the samples' losses, without the regulariser.
+
+        Costs one forward pass. The standard error takes what samples count for as given.
+        """
         losses = self.sample_losses(w)
         return LossStatistics(len(losses), float(losses.sum()), float(losses.square().sum()))
 
@@ -264,49 +333,29 @@ class Objective:
                 f"{v.dtype} on {v.device}. Convert it with `{name}.to(objective.weights())`."
             )
 
-    def _batch_total(self, w: Tensor, batch: Batch) -> Tensor:
-        """Sum of the samples' losses over one batch at weights w."""
-        return self.total_from_output(self.output(w, batch), batch)
+    def _survey(self) -> tuple[int, float]:
+        """Number of samples and total count of the data, checked in one pass.
 
-    def total_from_output(self, output: Any, batch: Batch) -> Tensor:
-        """Return the sum of the samples' losses over one batch, from the model's output on it."""
-        loss = self._criterion(output, _target(batch))
-        if loss.ndim > 0:
-            return self._per_sample(loss, batch_length(batch)).sum()
-        return loss if self._reduction == "sum" else loss * batch_length(batch)
-
-    def _batch_samples(self, output: Any, batch: Batch) -> Tensor:
-        """Losses of the samples of one batch, shape [n]."""
-        length = batch_length(batch)
-        if self._sample_criterion is not None:
-            return self._per_sample(self._sample_criterion(output, _target(batch)), length)
-        loss = self._criterion(output, _target(batch))
-        if loss.ndim > 0:
-            return self._per_sample(loss, length)
-        if isinstance(batch, Mapping) or not isinstance(output, Tensor):
-            raise ValueError(
-                "`criterion` must return one loss per sample to give standard errors with this "
-                "kind of batch, got a scalar."
-            )
-        return torch.vmap(lambda o, t: self._criterion(o[None], t[None]))(output, batch[-1])
-
-    def _per_sample(self, losses: Tensor, length: int) -> Tensor:
-        """One loss per sample from losses with the samples in front; the rest as in the batch."""
-        if losses.numel() % length:
-            raise ValueError(
-                "`criterion` must return a scalar or one loss per sample, got shape "
-                f"{list(losses.shape)} for a batch of {length}."
-            )
-        rows = losses.reshape(length, -1)
-        return rows.sum(dim=1) if self._reduction == "sum" else rows.mean(dim=1)
-
-    def _require_sample_weights(self) -> None:
-        """Check on the first batch that the forward pass is pure and the criterion a mean."""
-        batch = next(self.batches())
+        The model runs on the first batch alone; every batch's targets are shown to the criterion.
+        """
+        num_samples, normalizer = 0, 0.0
         w = self.weights()
+        for i, batch in enumerate(self.batches()):
+            num_samples += batch_length(batch)
+            normalizer += self._criterion.weight(batch)
+            with torch.no_grad():
+                if i == 0:
+                    first, output = batch, self._checked_output(w, batch)
+                elif (stand_in := stand_in_output(output, first, batch)) is not None:
+                    self._criterion.require_additive(stand_in, batch)
+        return num_samples, normalizer
+
+    def _checked_output(self, w: Tensor, batch: Batch) -> Any:
+        """Output on a batch, if the forward pass is pure and the criterion a mean."""
         try:
-            with torch.no_grad(), require_pure_forward(self.model):
-                total = float(self._batch_total(w, batch))
+            with require_pure_forward(self.model):
+                output = self.output(w, batch)
+                self.total_from_output(output, batch)
         except RuntimeError as error:
             foreign = _floating_types(batch) - {self.dtype}
             if not foreign:
@@ -316,28 +365,37 @@ class Objective:
                 f"{self.dtype}, and the forward pass failed ({error}). Convert the data, or the "
                 f"model with `model.to({next(iter(foreign))})`."
             ) from error
-        if self._sample_criterion is None or not math.isfinite(total):
-            return
+        self._criterion.require_additive(output, batch, lambda part: self.output(w, part))
+        return output
+
+    def _require_scalar_regularizer(self) -> None:
         with torch.no_grad():
-            expected = float(self._batch_samples(self.output(w, batch), batch).sum())
-        slack = 1e-4 if torch.finfo(self.dtype).bits >= 32 else 2e-2
-        if abs(total - expected) > slack * max(abs(total), abs(expected)):
-            length = batch_length(batch)
-            raise ValueError(
-                "`criterion` must weight every sample of a batch alike, but its mean over the "
-                f"first batch is {total / length:.6g} and the mean of its per-sample losses "
-                f"{expected / length:.6g} (class weights, ignored targets, or a `reduction` that "
-                'is not the criterion\'s own?). Build the criterion with `reduction="sum"`.'
+            found: Any = (
+                None
+                if self._regularizer is None
+                else self._regularizer(self.unflatten(self.weights()))
             )
+        if self._regularizer is None or (isinstance(found, Tensor) and found.ndim == 0):
+            return
+        shape = f" of shape {list(found.shape)}" if isinstance(found, Tensor) else ""
+        raise TypeError(
+            "`regularizer` must return a scalar tensor from the weights by name, got a "
+            f"{type(found).__name__}{shape}."
+        )
 
     def _mean(self, totals: list[Tensor], w: Tensor) -> float:
-        """Mean loss from the batches' sums; names the batch or parameter that is not finite."""
-        loss = float(torch.stack([t.to(torch.float64) for t in totals]).sum()) / self.num_samples
+        """L from the batches' sums; names the batch or parameter that is not finite."""
+        total = float(torch.stack([t.to(torch.float64) for t in totals]).sum())
+        with torch.no_grad():
+            penalty = float(self.regularization(w))
+        loss = total / self.normalizer + penalty
         if math.isfinite(loss):
             return loss
         for name, part in self.unflatten(w.detach()).items():
             if not torch.isfinite(part).all():
                 raise NonFiniteError(f"The weights hold a NaN or an infinity in `{name}`.")
+        if math.isfinite(total):
+            raise NonFiniteError(f"`regularizer` is {penalty} at finite weights.")
         bad = next((i for i, t in enumerate(totals) if not torch.isfinite(t)), None)
         where = "their sum" if bad is None else f"batch {bad}"
         raise NonFiniteError(
@@ -353,6 +411,8 @@ class Objective:
 
 
 def _curvature_product(total: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    if not total.requires_grad:  # a constant
+        return torch.zeros_like(w)
     (gradient,) = torch.autograd.grad(total, w, create_graph=True, materialize_grads=True)
     if not gradient.requires_grad:  # a loss linear in w
         return torch.zeros_like(w)
@@ -369,22 +429,3 @@ def _floating_types(batch: Batch) -> set[torch.dtype]:
 
     map_tensors(batch, note)
     return found
-
-
-def _target(batch: Batch) -> Any:
-    return batch if isinstance(batch, Mapping) else batch[-1]
-
-
-def _unreduced(criterion: Criterion) -> Criterion | None:
-    """Return the criterion without its mean over the batch, where it offers that."""
-    if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
-        twin = copy.copy(criterion)
-        setattr(twin, "reduction", "none")  # noqa: B010
-        return twin
-    try:
-        has_option = "reduction" in inspect.signature(criterion).parameters
-    except (TypeError, ValueError):
-        return None
-    if not has_option:
-        return None
-    return lambda output, target: criterion(output, target, reduction="none")

@@ -4,9 +4,26 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 """Glob patterns of names, a predicate of (name, parameter), or None for all that train."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside data-parallel and ``torch.compile`` wrappers.
+
+    Its parameters are the same ones, under the names that they had before. The wrappers themselves
+    cannot be used: their forward passes communicate, or have no second derivative.
+    """
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+            continue
+        inside = getattr(model, "_orig_mod", None)  # torch.compile's
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
 
 
 def select_parameters(model: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:

@@ -41,6 +41,19 @@ def counts_by_assignment(model, h):
     return h
 
 
+class WithOptions(nn.Module):
+    """A weighted mean of another name, which can also list its losses."""
+
+    reduction = "mean"
+
+    def forward(self, output, target):
+        losses = F.cross_entropy(output, target, reduction="none")
+        weights = torch.tensor([0.5, 1.0, 3.0]).double()[target]
+        if self.reduction == "none":
+            return weights * losses
+        return (weights * losses).sum() / weights.sum()
+
+
 def batches_of(x, y):
     return [(x[:6], y[:6]), (x[6:], y[6:])]
 
@@ -226,17 +239,31 @@ def test_parameters_that_form_no_vector_are_refused(model, selection, cause):
         Objective(model, CRITERION, (X, Y), parameters=selection)
 
 
+WEIGHTED = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 3.0]).double())
+ONE_CLASS_FIRST = Y.argsort(stable=True)
+
+
 @pytest.mark.parametrize(
-    ("criterion", "options"),
+    ("criterion", "options", "kind"),
     [
-        (nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 3.0]).double()), {}),
-        (nn.CrossEntropyLoss(ignore_index=2), {}),
-        (nn.CrossEntropyLoss(), {"reduction": "sum"}),
+        (nn.CrossEntropyLoss(), {"reduction": "sum"}, "per-sample losses"),
+        (WithOptions(), {}, "per-sample losses"),
+        (lambda o, t: WEIGHTED(o, t), {}, "parts"),
+        (lambda o, t: F.cross_entropy(o, t, ignore_index=2), {}, "parts"),
+        (lambda o, t: (o.logsumexp(1) ** 2).sum().sqrt(), {}, "parts"),
     ],
 )
-def test_a_mean_that_weights_samples_unevenly_is_refused(criterion, options):
-    with pytest.raises(ValueError, match=r'weight every sample .* alike.*`reduction="sum"`'):
-        Objective(mlp(), criterion, (X, Y), **options)
+@pytest.mark.parametrize("first", [12, 4, 1])
+def test_a_mean_that_weights_samples_unevenly_is_refused(criterion, options, kind, first):
+    # Sorted by class, the first batches of four or less hold one class: no later one may pass.
+    x, y = X[ONE_CLASS_FIRST], Y[ONE_CLASS_FIRST]
+    with pytest.raises(ValueError, match=rf"samples? of a batch alike.*{kind}.*`count=lambda"):
+        Objective(
+            mlp(),
+            criterion,
+            [(x[:first], y[:first]), (x[first:], y[first:])][: 13 - first],
+            **options,
+        )
 
 
 def test_losses_of_another_number_than_the_samples_are_refused():
