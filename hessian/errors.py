@@ -11,3 +11,7 @@ class NonDeterministicError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A NaN or an infinity arose; the message names where."""
+
+
+class RankError(RuntimeError):
+    """Another process of the group failed, so this one cannot go on; the message says with what."""
