@@ -1,9 +1,14 @@
 """The training loss as a function of one flat vector, and the curvature there."""
 
+from hessian.densities import SpectralCurve, SpectralDensity, spectral_density
+from hessian.diagonals import DiagonalEstimate, diagonal
 from hessian.eigensolvers import leading_eigenspace
-from hessian.errors import ConvergenceWarning, NonDeterministicError, NonFiniteError
+from hessian.distributed import RowShards
+from hessian.errors import ConvergenceWarning, NonDeterministicError, NonFiniteError, RankError
+from hessian.function_traces import function_trace, logdet
 from hessian.functions import FunctionProduct, apply_function
 from hessian.gauss_newton import gauss_newton_operator
+from hessian.layers import LayerRow, LayerTable, layer_table
 from hessian.objective import LossStatistics, Objective
 from hessian.operators import Operator
 from hessian.products import hessian_operator
@@ -12,17 +17,29 @@ from hessian.traces import TraceEstimate, trace
 
 __all__ = [
     "ConvergenceWarning",
+    "DiagonalEstimate",
     "Eigenspace",
     "FunctionProduct",
+    "LayerRow",
+    "LayerTable",
     "LossStatistics",
     "NonDeterministicError",
     "NonFiniteError",
     "Objective",
     "Operator",
+    "RankError",
+    "RowShards",
+    "SpectralCurve",
+    "SpectralDensity",
     "TraceEstimate",
     "apply_function",
+    "diagonal",
+    "function_trace",
     "gauss_newton_operator",
     "hessian_operator",
+    "layer_table",
     "leading_eigenspace",
+    "logdet",
+    "spectral_density",
     "trace",
 ]

@@ -123,7 +123,7 @@ def apply_function(
 
 
 def _largest(f: Response, basis: KrylovBasis) -> float:
-    return float(np.abs(_response(f, basis.ritz()[0])).max())
+    return float(np.abs(response_on(f, basis.ritz()[0])).max())
 
 
 def _remainder(f: Response, basis: KrylovBasis, latest: Array) -> float:
@@ -149,10 +149,15 @@ def _coefficients(f: Response, basis: KrylovBasis, m: int) -> Array:
     if m == 0:
         return np.zeros(0)
     values, vectors = basis.ritz(m)
-    return np.asarray(vectors @ (_response(f, values) * vectors[0]), dtype=np.float64)
+    return np.asarray(vectors @ (response_on(f, values) * vectors[0]), dtype=np.float64)
 
 
-def _response(f: Response, values: Array) -> Array:
+def response_on(f: Response, values: Array) -> Array:
+    """Return f at eigenvalues, ascending.
+
+    Raises:
+        ValueError: If the shape is lost or a value is not finite.
+    """
     out = f(torch.from_numpy(values.copy())).to(torch.float64).cpu()
     if out.shape != values.shape or not torch.isfinite(out).all():
         raise ValueError(

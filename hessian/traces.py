@@ -1,13 +1,29 @@
 """The trace of a symmetric matrix from random probes."""
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
+from scipy.stats import chi2, t
 from torch import Tensor
 
+from hessian.errors import ConvergenceWarning
 from hessian.operators import Operator
+from hessian.probes import CountedProducts, SignProbes, column_dots, deflated, inner
+from hessian.progress import ProgressOption, report_progress
+from hessian.sketches import RangeBasis, leave_one_out_error, leave_one_out_traces
+from hessian.subspace import Eigenspace
+
+TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
+
+FEWEST_TO_STOP = 20
+"""Probes before a standard error is good enough to stop on."""
+
+GROWTH = 1.5
+"""Ratio of the numbers of probes at which `rtol` is checked: few looks, so few chances to err."""
 
 
 @dataclass(frozen=True)
@@ -16,27 +32,71 @@ class TraceEstimate:
 
     value: float
     standard_error: float
-    """Standard deviation of the samples over the square root of their number."""
+    """Standard error of the value; see ``interval`` for what it covers."""
     samples: Float[Tensor, " p"]
-    """vᵀ A v for every probe, in float64."""
+    """An estimate of the trace from every probe, in float64. Their mean is the value."""
     num_products: int
+    converged: bool
+    """Whether the tolerance was reached, surely enough to stop; True where none was asked for."""
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return a confidence interval by Student's t with one degree of freedom a sample less one.
+
+        It holds the trace about as often as ``level`` says, also for few probes, where two
+        standard errors hold it less often. Samples far from normal (a single eigenvalue that
+        outweighs all others) take some coverage away.
+
+        Raises:
+            ValueError: If ``level`` is not between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
+        reach = float(t.ppf(0.5 + level / 2, len(self.samples) - 1)) * self.standard_error
+        return self.value - reach, self.value + reach
 
 
-def trace(operator: Operator, *, num_probes: int = 30, seed: int = 0) -> TraceEstimate:
-    """Estimate the trace by Hutchinson's method with random signs.
+def trace(
+    operator: Operator,
+    *,
+    method: TraceMethod = "hutchinson",
+    eigenspace: Eigenspace | None = None,
+    num_probes: int = 30,
+    rtol: float | None = None,
+    max_products: int = 1000,
+    seed: int = 0,
+    progress: ProgressOption = False,
+) -> TraceEstimate:
+    """Estimate the trace from random sign probes, with a standard error.
 
-    The variance of one probe is 2 (‖A‖²_F − Σ A_jj²), so a diagonal matrix needs one probe only.
+    Hutchinson's variance for one probe is 2 (‖A‖²_F − Σ A_jj²): a diagonal matrix needs one
+    probe only, and a matrix with few large eigenvalues many. These are removed by an
+    ``eigenspace`` that is already at hand, or found by Hutch++ and XTrace at a price. On a
+    spectrum without large eigenvalues the price is lost, and Hutchinson is the best.
 
     Args:
         operator: Symmetric matrix A, shape [n, n].
-        num_probes: Number of probes, each one product; at least 2 for a standard error.
+        method: ``"hutchinson"`` costs one product a probe. ``"hutch++"`` spends half of the probes
+            on a sketch of the range, two products each, and the other half on what it misses, one
+            product each. ``"xtrace"`` uses every probe for both, two products each. Memory, in
+            vectors of length n: a chunk, or about one for each probe (with ``rtol``, Hutch++ two).
+        eigenspace: Eigenpairs V, Λ at hand. Their part V Λ Vᵀ is traced exactly, the probes see
+            A − V Λ Vᵀ only, which for exact pairs is (I − V Vᵀ) A (I − V Vᵀ). No product
+            is spent on it. Unbiased also if the pairs are inexact, or of another matrix.
+        num_probes: Number of probes; with ``rtol``, the number before the first look, at least 20.
+        rtol: Add probes until the standard error is at most rtol · |value|, with its
+            upper 95 % confidence limit in place of the standard error itself, which is too small
+            where a running spread happens to be. Looks are taken at geometrically growing numbers.
+        max_products: Budget of products with A when ``rtol`` is given.
         seed: Seed of the probes, drawn on the CPU; the global random state is not used.
+        progress: A bar, or a function called with a ``Step``.
 
     Returns:
-        The mean over probes with its standard error.
+        The estimate. On an exhausted budget ``converged`` is False and a ``ConvergenceWarning``
+        names the error reached.
 
     Raises:
-        ValueError: If ``num_probes`` is below 2.
+        ValueError: If an option is not known or cannot be met, if the eigenspace has another
+            length, or if Hutch++ or XTrace would cost as much as the exact trace.
         NonFiniteError: If a product is not finite.
 
     Example:
@@ -46,16 +106,206 @@ def trace(operator: Operator, *, num_probes: int = 30, seed: int = 0) -> TraceEs
 
     References:
         Hutchinson (1990), A stochastic estimator of the trace of the influence matrix.
+        Meyer, Musco, Musco, Woodruff (2021), Hutch++: optimal stochastic trace estimation.
+        Epperly, Tropp, Webber (2024), XTrace: making the most of every sample in stochastic
+        trace estimation.
     """
-    if num_probes < 2:
-        raise ValueError(
-            f"`num_probes` must be at least 2 to give a standard error, got {num_probes}."
+    _require_options(operator, method, num_probes, rtol, max_products)
+    rest, V, values = deflated(operator, eigenspace)
+    captured = float(values.to(torch.float64).cpu() @ column_dots(V, V))
+    price = _price(method, num_probes)
+    with report_progress(progress, "trace") as update:
+        A = CountedProducts(rest, update, price)
+        estimator = _ESTIMATORS[method](A, SignProbes(operator, seed), growing=rtol is not None)
+        probes = num_probes
+        estimator.grow(probes)
+        samples, error = estimator.outcome()
+        converged = rtol is None
+        while rtol is not None:
+            goal = rtol * abs(captured + float(samples.mean()))
+            surely = error * _upper_factor(len(samples))
+            converged = surely <= goal
+            more = _affordable(operator, method, math.ceil(GROWTH * probes), max_products)
+            if converged or more <= probes:
+                break
+            wanted = probes * (surely / goal) ** 2 if goal > 0 else math.inf
+            within = _affordable(operator, method, int(min(wanted, max_products)), max_products)
+            A.expect(_price(method, max(more, within)), error=surely, goal=goal)
+            estimator.grow(more - probes)
+            probes = more
+            samples, error = estimator.outcome()
+    if not converged:
+        warnings.warn(
+            f"The trace has a standard error of {error:.2e}, up to {surely:.2e} by its own "
+            f"uncertainty, after {A.spent} products; the goal was {goal:.2e}. Raise "
+            "`max_products` or `rtol`, or pass the leading `eigenspace`.",
+            ConvergenceWarning,
+            stacklevel=2,
         )
-    generator = torch.Generator().manual_seed(seed)
-    samples = torch.empty(num_probes, dtype=torch.float64)
-    for i in range(num_probes):
-        bits = torch.randint(0, 2, (operator.size,), generator=generator)
-        v = (2 * bits - 1).to(device=operator.device, dtype=operator.dtype)
-        samples[i] = torch.dot(v.to(torch.float64), (operator @ v).to(torch.float64))
-    error = float(samples.std()) / math.sqrt(num_probes)
-    return TraceEstimate(float(samples.mean()), error, samples, num_probes)
+    samples = samples + captured
+    return TraceEstimate(float(samples.mean()), error, samples, A.spent, converged)
+
+
+class _Estimator(Protocol):
+    def grow(self, count: int) -> None: ...
+
+    def outcome(self) -> tuple[Tensor, float]: ...
+
+
+class _Hutchinson:
+    """One sample vᵀ A v a probe, all independent."""
+
+    def __init__(self, A: CountedProducts, probes: SignProbes, *, growing: bool) -> None:
+        del growing
+        self.A, self.probes = A, probes
+        self.samples = torch.empty(0, dtype=torch.float64)
+
+    def grow(self, count: int) -> None:
+        for size in self.A.chunks(count):
+            X = self.probes.draw(size)
+            self.samples = torch.cat([self.samples, column_dots(X, self.A @ X)])
+
+    def outcome(self) -> tuple[Tensor, float]:
+        return self.samples, _standard_error(self.samples)
+
+
+class _HutchPlusPlus:
+    """The trace on the range of a sketch, exactly; samples of the rest, independent given it."""
+
+    def __init__(self, A: CountedProducts, probes: SignProbes, *, growing: bool) -> None:
+        self.A, self.probes, self.growing = A, probes, growing
+        self.count = 0
+        self.basis: RangeBasis | None = None
+        self.captured = 0.0
+        self.samples = torch.empty(0, dtype=torch.float64)
+
+    def grow(self, count: int) -> None:
+        sketched, self.count = self.count // 2, self.count + count
+        wanted = self.count // 2
+        S = self.probes.draw(wanted - sketched)
+        if self.basis is None:
+            self.basis = RangeBasis(S)
+            self.rest, self.A_rest = S[:, :0], S[:, :0]
+        gained = self.basis.add(self.A @ S)
+        A_gained = self.A @ gained
+        self.captured += float(column_dots(gained, A_gained).sum())
+        # What is known of A on the earlier probes tells A on what the larger basis leaves of them.
+        inside = inner(gained, self.rest).to(gained)
+        self.rest = self.rest - gained @ inside
+        self.A_rest = self.A_rest - A_gained @ inside
+        self.samples = column_dots(self.rest, self.A_rest)
+        for size in self.A.chunks(self.count - wanted - len(self.samples)):
+            X = self.probes.draw(size)
+            for _ in range(2):
+                X = X - self.basis.Q @ inner(self.basis.Q, X).to(X)
+            AX = self.A @ X
+            self.samples = torch.cat([self.samples, column_dots(X, AX)])
+            if self.growing:
+                self.rest = torch.cat([self.rest, X], dim=1)
+                self.A_rest = torch.cat([self.A_rest, AX], dim=1)
+
+    def outcome(self) -> tuple[Tensor, float]:
+        return self.samples + self.captured, _standard_error(self.samples)
+
+
+class _XTrace:
+    """Every probe samples what the range of the other probes misses."""
+
+    def __init__(self, A: CountedProducts, probes: SignProbes, *, growing: bool) -> None:
+        del growing
+        self.A, self.probes = A, probes
+        self.basis: RangeBasis | None = None
+        self.H = torch.zeros((0, 0), dtype=torch.float64)
+        self.forms = torch.empty(0, dtype=torch.float64)
+
+    def grow(self, count: int) -> None:
+        X = self.probes.draw(count)
+        if self.basis is None:
+            self.basis = RangeBasis(X)
+            self.signs = X[:, :0].to(torch.int8)
+        AX = self.A @ X
+        self.forms = torch.cat([self.forms, column_dots(X, AX)])
+        self.signs = torch.cat([self.signs, X.to(torch.int8)], dim=1)
+        before = len(self.H)
+        gained = self.basis.add(AX)
+        columns = inner(self.basis.Q, self.A @ gained)
+        corner = columns[before:]
+        self.H = torch.cat(
+            [
+                torch.cat([self.H, columns[:before]], dim=1),
+                torch.cat([columns[:before].T, (corner + corner.T) / 2], dim=1),
+            ]
+        )
+
+    def outcome(self) -> tuple[Tensor, float]:
+        assert self.basis is not None
+        W = inner(self.basis.Q, self.signs)
+        samples, without = leave_one_out_traces(self.H, self.basis.R, W, self.forms)
+        return samples, float(leave_one_out_error(samples, without))
+
+
+_ESTIMATORS: dict[str, type[_Hutchinson] | type[_HutchPlusPlus] | type[_XTrace]] = {
+    "hutchinson": _Hutchinson,
+    "hutch++": _HutchPlusPlus,
+    "xtrace": _XTrace,
+}
+_FEWEST = {"hutchinson": 2, "hutch++": 3, "xtrace": 2}
+
+
+def _price(method: TraceMethod, num_probes: int) -> int:
+    """Products that this many probes cost."""
+    return num_probes + {"hutchinson": 0, "hutch++": num_probes // 2, "xtrace": num_probes}[method]
+
+
+def _affordable(operator: Operator, method: TraceMethod, wanted: int, max_products: int) -> int:
+    """Most probes up to ``wanted`` within the budget, and worth it."""
+    most = max_products if method == "hutchinson" else min(max_products, operator.size - 1)
+    return min(
+        wanted, {"hutchinson": most, "hutch++": (2 * most + 1) // 3, "xtrace": most // 2}[method]
+    )
+
+
+def _upper_factor(count: int) -> float:
+    """Upper 95 % confidence limit of a standard deviation over its estimate, normal samples."""
+    return math.sqrt((count - 1) / float(chi2.ppf(0.05, count - 1)))
+
+
+def _standard_error(samples: Tensor) -> float:
+    return float(samples.std()) / math.sqrt(len(samples))
+
+
+def _require_options(
+    operator: Operator,
+    method: TraceMethod,
+    num_probes: int,
+    rtol: float | None,
+    max_products: int,
+) -> None:
+    if method not in _ESTIMATORS:
+        raise ValueError(f'`method` must be "hutchinson", "hutch++" or "xtrace", got "{method}".')
+    if num_probes < _FEWEST[method]:
+        raise ValueError(
+            f"`num_probes` must be at least {_FEWEST[method]} to give a standard error, got "
+            f"{num_probes}."
+        )
+    price = _price(method, num_probes)
+    if method != "hutchinson" and price >= operator.size:
+        raise ValueError(
+            f"`num_probes` must cost fewer than {operator.size} products, which give the exact "
+            f"trace; {num_probes} cost {price}. Choose fewer probes, or sum "
+            '`diagonal(operator, method="exact").value`.'
+        )
+    if rtol is None:
+        return
+    if not rtol > 0:
+        raise ValueError(f"`rtol` must be positive, got {rtol}.")
+    if num_probes < FEWEST_TO_STOP:
+        raise ValueError(
+            f"`num_probes` must be at least {FEWEST_TO_STOP} with `rtol`, got {num_probes}: the "
+            "spread of fewer samples is too uncertain to stop on."
+        )
+    if max_products < price:
+        raise ValueError(
+            f"`max_products` must be at least {price}, the price of `num_probes`={num_probes}, "
+            f"got {max_products}."
+        )

@@ -1,0 +1,230 @@
+"""Trace and sharpest curvature of every layer, in one table."""
+
+import math
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hessian.eigensolvers import leading_eigenspace
+from hessian.objective import Objective
+from hessian.operators import Operator
+from hessian.probes import CountedProducts, SignProbes, column_dots
+from hessian.products import hessian_operator
+from hessian.progress import ProgressOption, report_progress
+
+TYPICAL_PRODUCTS = 20
+"""Products for one layer's eigenvalue, guessed for the progress bar until some are known."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What the diagonal block of the Hessian that belongs to one layer is like."""
+
+    name: str
+    size: int
+    """Number of weights."""
+    trace: float
+    standard_error: float
+    """Standard error of the trace, with one degree of freedom a probe less one."""
+    share: float
+    """Part of the trace of the whole Hessian."""
+    top_eigenvalue: float
+    """The block's eigenvalue of largest magnitude."""
+    residual: float
+    """Largest ‖H_ll v − λ v‖₂ of the eigenpairs found, from real products, in units of H."""
+    num_products: int
+    """Products spent on this layer's eigenvalues; the traces share theirs."""
+    converged: bool
+    """Whether the residual is at most the tolerance asked for."""
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """One row a layer, in the model's order."""
+
+    rows: tuple[LayerRow, ...]
+    trace: float
+    """Trace of the whole Hessian: the sum over layers."""
+    standard_error: float
+    """Its standard error; layers share their probes, so theirs do not add up to it."""
+    eigenvalues: dict[str, tuple[float, ...]]
+    """The leading eigenvalues of every layer's block, by magnitude."""
+    num_products: int
+    """Products with the Hessian in all."""
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with one row a layer.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`to_pandas` needs pandas. Install it with `pip install pandas`."
+            ) from error
+        return pandas.DataFrame([vars(row) for row in self.rows]).set_index("name")
+
+    def __str__(self) -> str:
+        """Return the table as aligned text."""
+        width = max(len("layer"), len("all"), *(len(row.name) for row in self.rows))
+        head = f"{'layer':<{width}} {'weights':>11} {'trace':>11} {'± SE':>9} {'share':>7}"
+        lines = [f"{head} {'top λ':>11} {'residual':>9} {'products':>9}"]
+        lines += [
+            f"{row.name:<{width}} {row.size:>11,} {row.trace:>11.4g} "
+            f"{row.standard_error:>9.2g} {row.share:>7.1%} {row.top_eigenvalue:>11.4g} "
+            f"{row.residual:>9.1e} {row.num_products:>9,}" + ("" if row.converged else " *")
+            for row in self.rows
+        ]
+        total = sum(row.size for row in self.rows)
+        lines.append(
+            f"{'all':<{width}} {total:>11,} {self.trace:>11.4g} {self.standard_error:>9.2g} "
+            f"{'':>7} {'':>11} {'':>9} {self.num_products:>9,}"
+        )
+        if not all(row.converged for row in self.rows):
+            lines.append("* the budget ended before the tolerance was reached")
+        return "\n".join(lines)
+
+
+def layer_table(
+    objective: Objective,
+    w: Float[Tensor, " d"] | None = None,
+    *,
+    num_probes: int = 30,
+    k: int = 1,
+    tol: float = 1e-3,
+    max_products: int = 200,
+    memory_budget: int | None = None,
+    seed: int = 0,
+    progress: ProgressOption = False,
+) -> LayerTable:
+    """Measure the trace and the leading eigenvalues of the Hessian's block for every layer.
+
+    A layer is a module with weights of its own. One set of probes serves the traces of all
+    layers: for random signs v, E v_lᵀ (H v)_l = tr H_ll, since signs of different layers are
+    independent. The part of H v that comes from other layers adds ‖H_l,rest‖²_F to the variance.
+    Eigenvalues are those of the block, as if all other layers were frozen; the largest of them
+    is at most the largest of the Hessian.
+
+    Args:
+        objective: The training loss.
+        w: Where the Hessian is taken, shape [d]. Default: the model's current weights.
+        num_probes: Probes for the traces, one product each for all layers together.
+        k: Eigenvalues a layer, fewer where it has fewer weights.
+        tol: Stop the eigenvalues of a layer once ‖H_ll v − λ v‖₂ ≤ tol · max |λ|.
+        max_products: Budget of products for the eigenvalues of one layer.
+        memory_budget: As for ``hessian_operator``.
+        seed: Seed of all random vectors, drawn on the CPU; the global state is not used.
+        progress: A bar, or a function called with a ``Step``.
+
+    Returns:
+        The table. A layer whose budget ended has ``converged=False``, with a
+        ``ConvergenceWarning``.
+
+    Raises:
+        ValueError: If there are fewer than two probes, w does not fit the objective, or k, tol or
+            max_products cannot be met.
+        NonFiniteError: If a product is not finite.
+        NonDeterministicError: If the loss changes between products.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+        >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> table = layer_table(Objective(model, torch.nn.MSELoss(), data))
+        >>> [(row.name, round(row.trace, 4), round(row.top_eigenvalue, 4)) for row in table.rows]
+        [('0', 5.0, 4.0)]
+
+    References:
+        Dong, Yao, Cai, Arfeen, Gholami, Mahoney, Keutzer (2020), HAWQ-V2, on layers by trace.
+    """
+    if num_probes < 2:
+        raise ValueError(
+            f"`num_probes` must be at least 2 to give a standard error, got {num_probes}."
+        )
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+    H = hessian_operator(objective, w, memory_budget=memory_budget)
+    layers = _layer_slices(objective)
+    with report_progress(progress, "layers") as update:
+        A = CountedProducts(H, update, num_probes + TYPICAL_PRODUCTS * len(layers))
+        samples = _trace_samples(A, SignProbes(H, seed), list(layers.values()), num_probes)
+        spaces = {}
+        for done, (name, part) in enumerate(layers.items(), start=1):
+            block = _block(A, part)
+            spaces[name] = leading_eigenspace(
+                block, k=min(k, block.size), tol=tol, max_products=max_products, seed=seed
+            )
+            each = (A.spent - num_probes) / done
+            A.expect(num_probes + round(each * len(layers)))
+    traces, errors = samples.mean(dim=1), samples.std(dim=1) / math.sqrt(num_probes)
+    whole = samples.sum(dim=0)
+    total = float(whole.mean())
+    rows = [
+        LayerRow(
+            name=name,
+            size=part.stop - part.start,
+            trace=float(traces[i]),
+            standard_error=float(errors[i]),
+            share=float(traces[i]) / total if total else math.nan,
+            top_eigenvalue=float(spaces[name].values[0]),
+            residual=float(spaces[name].residuals.max()),
+            num_products=spaces[name].num_products,
+            converged=spaces[name].converged,
+        )
+        for i, (name, part) in enumerate(layers.items())
+    ]
+    return LayerTable(
+        tuple(rows),
+        total,
+        float(whole.std()) / math.sqrt(num_probes),
+        {name: tuple(space.values.tolist()) for name, space in spaces.items()},
+        A.spent,
+    )
+
+
+def _trace_samples(
+    A: CountedProducts, probes: SignProbes, parts: list[slice], count: int
+) -> Tensor:
+    """Return v_lᵀ (A v)_l for every layer and probe, shape [layers, probes], in float64."""
+    columns = []
+    for size in A.chunks(count):
+        X = probes.draw(size)
+        AX = A @ X
+        columns.append(torch.stack([column_dots(X[part], AX[part]) for part in parts]))
+    return torch.cat(columns, dim=1)
+
+
+def _block(A: CountedProducts, part: slice) -> Operator:
+    """The diagonal block of the rows in ``part``: products with vectors that vanish elsewhere."""
+    H = A.operator
+
+    def columns(X: Tensor) -> Tensor:
+        whole = X.new_zeros((H.size, X.shape[1]))
+        whole[part] = X
+        return (A @ whole)[part]
+
+    return Operator(
+        lambda v: columns(v[:, None])[:, 0],
+        part.stop - part.start,
+        H.dtype,
+        H.device,
+        columns=None if H.columns is None else columns,
+    )
+
+
+def _layer_slices(objective: Objective) -> dict[str, slice]:
+    """Where the weights of every module lie in w, by the module's name."""
+    slices: dict[str, slice] = {}
+    start = 0
+    for name, shape in objective.shapes.items():
+        layer = name.rpartition(".")[0] or "(root)"
+        before = slices.get(layer, slice(start, start))
+        slices[layer] = slice(before.start, start + shape.numel())
+        start += shape.numel()
+    return slices
