@@ -1,20 +1,23 @@
-"""Leading eigenpairs by Lanczos, certified by products made after the iteration."""
+"""Leading eigenpairs by thick-restart Lanczos, certified by products made after the iteration."""
 
 import math
+import os
 import warnings
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hessian.checkpoint import Checkpoint, fingerprint
 from hessian.errors import ConvergenceWarning
-from hessian.lanczos import Array, KrylovBasis
+from hessian.lanczos import Shards
+from hessian.memory import basis_size
+from hessian.missed_eigenvalues import RISK
 from hessian.operators import Operator
-from hessian.subspace import Eigenspace
-
-Which = Literal["magnitude", "largest", "smallest"]
+from hessian.progress import ProgressOption, report_progress
+from hessian.subspace import Eigenspace, Which
+from hessian.thick_restart import Task, ThickRestart
 
 
 def leading_eigenspace(
@@ -23,34 +26,76 @@ def leading_eigenspace(
     k: int,
     tol: float = 1e-6,
     max_products: int = 1000,
-    seed: int = 0,
+    max_basis: int | None = None,
     which: Which = "magnitude",
+    multiple: bool = True,
+    seed: int = 0,
+    start: Eigenspace | Tensor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 5,
+    progress: ProgressOption = False,
+    shards: Shards | None = None,
     backend: Literal["lanczos", "pyhessian"] = "lanczos",
 ) -> Eigenspace:
-    """Find the k leading eigenpairs of a symmetric matrix by Lanczos.
+    """Find the k leading eigenpairs of a symmetric matrix by thick-restart Lanczos.
 
     The basis is reorthogonalised fully and in two passes, so no eigenvalue is a ghost of another.
     The iteration stops on its own residual estimates; the residuals returned are measured with
-    k further products. An eigenvalue of exact multiplicity m is found m times only if the Krylov
-    space breaks down, as it does for a multiple of the identity; otherwise it is found once.
+    k further products.
+
+    A Krylov space holds one copy of a multiple eigenvalue, and nothing that its start does not
+    see. So once the pairs have converged, ``multiple=True`` goes on from a random direction in
+    the complement, and stops when an eigenvalue missed so far that belongs to the k leading ones,
+    by more than tol · max |λ|, would have been seen but for a chance of 1 in 1000. What it finds
+    is included, and the search begins anew. The chance is over the random direction and holds
+    for exact copies in exact arithmetic; it is returned as ``missed``. The price is a few products
+    where the spectrum has fallen behind the k leading ones (some 5 to 10 for the Hessian of a
+    network), more where many eigenvalues crowd there.
 
     Args:
         operator: Symmetric matrix A, shape [n, n].
         k: Number of pairs, 1 ≤ k ≤ n.
         tol: Stop once ‖A v − λ v‖₂ ≤ tol · max |λ| for all pairs.
-        max_products: Budget of products with A; also the most vectors of length n in memory.
-        seed: Seed of the starting vector, drawn on the CPU.
+        max_products: Budget of products with A.
+        max_basis: Most basis vectors of length n that are held, at least k + 3 (or n). When they
+            are used up the basis is compressed to Ritz vectors, which keeps the answer and costs
+            products. Default: as many as 256 MiB hold, and no fewer than max(2 k + 20, 100);
+            fewer only if memory is short. Beside them come k vectors for the result (twice as
+            many if the operator has ``columns``) and about five to work with.
         which: Leading by ``"magnitude"`` (the sharp directions, whatever their sign), or the
-            ``"largest"`` or ``"smallest"`` on the real line.
+            ``"largest"`` or ``"smallest"`` on the real line, or ``"both"`` ends: from the
+            largest and the smallest in turn, so ⌈k/2⌉ of the largest and ⌊k/2⌋ of the smallest.
+        multiple: Whether to look for missed copies. Without it, an eigenvalue of multiplicity m
+            is found m times only if the Krylov space breaks down, as for a multiple of the
+            identity, or rounding brings the copies up.
+        seed: Seed of the random directions, drawn on the CPU.
+        start: Eigenspace of a similar matrix, such as the one some training steps ago, or a
+            vector of shape [n]. The nearer, the fewer products. Default: a random vector.
+        checkpoint: Folder that keeps the state of the iteration. If the process is killed, the
+            same call goes on from there, after one product (not counted) that compares the
+            operator, and gives the same bits. ``max_products`` and ``tol`` may be raised to go
+            on after an exhausted budget. The folder stays after success, so that a repeated
+            call costs little; remove it once the result is safe. It takes as much disk as
+            the basis takes memory.
+        checkpoint_every: Products between two writes.
+        progress: True for a bar, or a function of a ``Step``; see ``hessian.progress``.
+        shards: Rows of the basis spread over ranks, see ``hessian.distributed``; every rank
+            makes this call, and gets full vectors.
         backend: ``"pyhessian"`` runs PyHessian's power iteration on the same products; it leads
-            by magnitude only, knows no gap, and its residuals are measured like ours.
+            by magnitude only, knows no gap, and its residuals are measured like ours. It takes
+            ``k``, ``tol``, ``max_products`` and ``seed``.
 
     Returns:
         The eigenspace, leading pair first. On an exhausted budget ``converged`` is False and a
-        ``ConvergenceWarning`` names the residual reached.
+        ``ConvergenceWarning`` names the residual reached; the warning comes, too, if the budget
+        ended the search for missed copies.
 
     Raises:
-        ValueError: If k, tol or max_products cannot be met, or an option is not known.
+        ValueError: If k, tol, max_products, max_basis or start cannot be met, an option is not
+            known, or the checkpoint is damaged or belongs to another problem.
+        TypeError: If ``start`` is neither an eigenspace nor a tensor.
+        MemoryError: If the basis and the result do not fit into what is free, before the first
+            product; the message says which ``max_basis`` or k would.
         NonFiniteError: If a product is not finite.
         NonDeterministicError: If the operator changes between products.
 
@@ -62,6 +107,7 @@ def leading_eigenspace(
 
     References:
         Parlett (1998), The Symmetric Eigenvalue Problem, chapter 13.
+        Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems.
     """
     n = operator.size
     if not 1 <= k <= n:
@@ -73,115 +119,103 @@ def leading_eigenspace(
             f"`max_products` must be at least {2 * k}: {k} to span {k} pairs and {k} to measure "
             f"them, got {max_products}."
         )
-    if which not in ("magnitude", "largest", "smallest"):
-        raise ValueError(f'`which` must be "magnitude", "largest" or "smallest", got "{which}".')
+    if which not in ("magnitude", "largest", "smallest", "both"):
+        raise ValueError(
+            f'`which` must be "magnitude", "largest", "smallest" or "both", got "{which}".'
+        )
+    if checkpoint_every < 1:
+        raise ValueError(f"`checkpoint_every` must be at least 1, got {checkpoint_every}.")
     if backend == "pyhessian":
         from hessian.pyhessian_backend import power_iteration
 
         if which != "magnitude":
             raise ValueError(f'`which` must be "magnitude" for PyHessian, got "{which}".')
+        if start is not None or checkpoint is not None or shards is not None:
+            raise ValueError(
+                "`start`, `checkpoint` and `shards` must be left out for PyHessian, which knows "
+                'nothing like them. Use `backend="lanczos"`.'
+            )
         return power_iteration(operator, k=k, tol=tol, max_products=max_products, seed=seed)
     if backend != "lanczos":
         raise ValueError(f'`backend` must be "lanczos" or "pyhessian", got "{backend}".')
-
-    space = _lanczos(operator, k, tol, max_products, seed, which)
+    if checkpoint is not None and shards is not None:
+        raise ValueError(
+            "`checkpoint` must be left out with `shards`: ranks that die at different products "
+            "leave states that do not fit together."
+        )
+    direction = None if start is None else _direction(start, operator)
+    local_size = n if shards is None else len(shards.local(torch.empty(n, dtype=torch.bool)))
+    basis = basis_size(
+        max_basis,
+        k=k,
+        max_products=max_products,
+        size=n,
+        local_size=local_size,
+        dtype=operator.dtype,
+        device=operator.device,
+        columns=operator.columns is not None,
+    )
+    folder = None
+    if checkpoint is not None:
+        problem = {
+            "n": n,
+            "dtype": str(operator.dtype),
+            "k": k,
+            "which": which,
+            "multiple": multiple,
+            "seed": seed,
+            "start": fingerprint(direction),
+            "max_basis": basis,
+        }
+        folder = Checkpoint(Path(checkpoint), problem, checkpoint_every)
+    task = Task(k, tol, max_products, basis, which, seed, multiple)
+    with report_progress(progress, f"{k} eigenpairs") as update:
+        iteration = ThickRestart(operator, task, direction, shards, folder, update)
+        space = iteration.run()
+    reached = f"{float(space.residuals.max()):.2e} after {space.num_products} products"
     if not space.converged:
+        knobs = [] if iteration.state.stalled else ["`max_products`"]
+        knobs += ["`max_basis`"] if knobs and basis < n else []
+        advice = "Raise " + ", ".join([*knobs, "`tol`"])
+        if operator.dtype != torch.float64:
+            advice += ", or work in float64"
+        if iteration.state.stalled:
+            advice = "Rounding lets it fall no further. " + advice
         warnings.warn(
-            f"Lanczos reached a largest residual of {float(space.residuals.max()):.2e} after "
-            f"{space.num_products} products, for eigenvalues up to "
-            f"{float(space.values.abs().max()):.2e} and tol={tol:.1e}. Raise `max_products` or "
-            "`tol`" + (", or work in float64." if operator.dtype != torch.float64 else "."),
+            f"Lanczos reached a largest residual of {reached}, for eigenvalues up to "
+            f"{float(space.values.abs().max()):.2e} and tol={tol:.1e}. {advice}.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    elif multiple and iteration.state.tested_merit is None:
+        chance = "unknown" if math.isnan(space.missed) else f"up to {space.missed:.1e}"
+        warnings.warn(
+            f"The {k} pairs have converged, but the {max_products} products ended before the "
+            f"search for further copies of multiple eigenvalues: the chance that one was missed "
+            f"is {chance}, the goal {RISK:.0e}. Raise `max_products`, or pass `multiple=False`.",
             ConvergenceWarning,
             stacklevel=2,
         )
     return space
 
 
-def _lanczos(
-    operator: Operator, k: int, tol: float, max_products: int, seed: int, which: Which
-) -> Eigenspace:
-    generator = torch.Generator().manual_seed(seed)
-    basis = KrylovBasis(operator, _random_direction(operator, generator))
-    spent = 0
-    restarted = False
-    retry_below = math.inf
-    last_leading: Array | None = None
-    while True:
-        basis.extend()
-        spent += 1
-        final = spent + k >= max_products
-        m = len(basis)
-        check = m >= k and not restarted and m % max(1, m // 10) == 0
-        if not (check or final or basis.exhausted):
-            continue
-        values, vectors = basis.ritz()
-        order = _order(values, which)
-        if basis.exhausted and not final:
-            # One Krylov space holds every eigenvalue once. Copies of a multiple eigenvalue come
-            # from further starts, until one of them leaves the k leading values as they were.
-            found = values[order[:k]] if m >= k else None
-            settled = (
-                found is not None
-                and last_leading is not None
-                and np.allclose(found, last_leading, rtol=1e-6, atol=basis.rounding)
-            )
-            if not settled and basis.restart(_random_direction(operator, generator)):
-                restarted, last_leading = True, found
-                continue
-        goal = tol * float(np.abs(values).max())
-        estimate = float(np.abs(basis.beta * vectors[-1, order[:k]]).max())
-        done = final or basis.exhausted
-        # Each measuring costs k products: only when the estimates promise success, and after a
-        # disappointment (rounding in float32) only when they have fallen by ten.
-        if not done and estimate > min(goal, retry_below):
-            continue
-        spent += k
-        space = _measure(basis, values, vectors, order[:k], spent, goal)
-        if space.converged or done or spent + k >= max_products:
-            return space
-        retry_below = 0.1 * estimate
-
-
-def measured_eigenspace(
-    operator: Operator, vectors: Tensor, *, gap: float, num_products: int, goal: float
-) -> Eigenspace:
-    """Measure orthonormal vectors [n, k] with k products: Rayleigh quotients and residuals."""
-    V = vectors.to(torch.float64)
-    AV = (operator @ vectors).to(torch.float64)
-    values = (V * AV).sum(dim=0)
-    residuals = (AV - V * values).norm(dim=0)
-    return Eigenspace(
-        values, vectors, residuals, gap, num_products, bool(float(residuals.max()) <= goal)
-    )
-
-
-def _measure(
-    basis: KrylovBasis,
-    values: Array,
-    vectors: Array,
-    leading: npt.NDArray[np.intp],
-    num_products: int,
-    goal: float,
-) -> Eigenspace:
-    found = basis.combine(vectors[:, leading])
-    # One sign convention, so that figures and resumed runs agree.
-    flips = found.gather(0, found.abs().argmax(dim=0, keepdim=True)).sign()
-    rest = np.delete(values, leading)
-    if len(rest):
-        gap = float(np.abs(values[leading, None] - rest[None, :]).min())
+def _direction(start: Eigenspace | Tensor, operator: Operator) -> Tensor:
+    """Turn an eigenspace or a vector into the first direction."""
+    if isinstance(start, Eigenspace):
+        v = start.vectors.sum(dim=1)
+    elif isinstance(start, Tensor):
+        v = start
     else:
-        gap = math.inf if len(leading) == basis.operator.size else math.nan
-    return measured_eigenspace(
-        basis.operator, found * flips, gap=gap, num_products=num_products, goal=goal
-    )
-
-
-def _order(values: Array, which: Which) -> npt.NDArray[np.intp]:
-    keys = {"magnitude": -np.abs(values), "largest": -values, "smallest": values}
-    return np.argsort(keys[which], kind="stable")
-
-
-def _random_direction(operator: Operator, generator: torch.Generator) -> Tensor:
-    # Drawn on the CPU: the same direction on every device.
-    draw = torch.randn(operator.size, generator=generator, dtype=torch.float64)
-    return draw.to(device=operator.device, dtype=operator.dtype)
+        raise TypeError(
+            f"`start` must be an Eigenspace or a tensor of shape [{operator.size}], got "
+            f"{type(start).__name__}."
+        )
+    if v.shape != (operator.size,):
+        raise ValueError(
+            f"`start` must belong to an operator of size {operator.size}, got vectors of shape "
+            f"{list(v.shape)}."
+        )
+    v = v.detach().to(dtype=operator.dtype, device=operator.device)
+    if not torch.isfinite(v).all() or not float(v.abs().max()) > 0:
+        raise ValueError("`start` must be finite and not zero, got a vector that is not.")
+    return v

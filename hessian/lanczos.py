@@ -68,9 +68,10 @@ class KrylovBasis:
         self.rows = VectorRows(len(part), operator.dtype, operator.device)
         self.abandoned: list[Remainder] = []
         """Directions that the basis was left in, for later."""
-        self.current: Remainder | None = Remainder(part / self._norm(part), np.zeros(0))
+        self.current: Remainder | None = Remainder(part / self.norm(part), np.zeros(0))
         """The direction of the next step; None once A Q leaves nothing in it."""
         self.tridiagonal = True
+        self.compressions = 0
         self.largest_alpha = self.largest_beta = 0.0
         self._T = np.zeros((16, 16))
 
@@ -115,7 +116,7 @@ class KrylovBasis:
             overlap = self._dot(q, other.vector)
             column = column + overlap * other.couplings
             other.vector = other.vector - overlap * q
-            other.norm = self._norm(other.vector)
+            other.norm = self.norm(other.vector)
             other.couplings = np.append(other.couplings, 0.0)
         r = self.product(q)
         alpha = self._dot(q, r)
@@ -140,7 +141,7 @@ class KrylovBasis:
         if len(self) == self.operator.size:
             return False
         part = direction if self.shards is None else self.shards.local(direction)
-        r, norm = self._orthogonalised(part / self._norm(part))
+        r, norm = self._orthogonalised(part / self.norm(part))
         if norm <= math.sqrt(torch.finfo(self.operator.dtype).eps):
             return False
         if self.current is not None:
@@ -157,7 +158,14 @@ class KrylovBasis:
         self._T[:p, :p] = np.diag(values)
         for remainder in (*self.abandoned, *([self.current] if self.current else [])):
             remainder.couplings = coefficients.T @ remainder.couplings
+        whole = np.eye(p)
+        self.abandoned = [r for r in self.abandoned if self._left(r, whole).max() > self.rounding]
         self.tridiagonal = False
+        self.compressions += 1
+
+    def restore_projection(self, T: Array) -> None:
+        """Take T as it was written, for rows that were read back."""
+        self._T = np.array(T)
 
     def follow_largest(self, coefficients: Array) -> None:
         """Go on in the direction that leaves most of A Q C outside, for C of shape [m, k]."""
@@ -213,7 +221,7 @@ class KrylovBasis:
         for _ in range(2):
             c = self.rows.coefficients(r)
             r = self.rows.without(r, c if self.shards is None else self.shards.sum(c))
-        return r, self._norm(r)
+        return r, self.norm(r)
 
     def _left(self, remainder: Remainder, coefficients: Array) -> Array:
         return remainder.norm * np.abs(remainder.couplings @ coefficients)
@@ -222,7 +230,8 @@ class KrylovBasis:
         total = dot(a, b)
         return float(total if self.shards is None else self.shards.sum(total))
 
-    def _norm(self, v: Tensor) -> float:
+    def norm(self, v: Tensor) -> float:
+        """Return the Euclidean norm of a vector held like those of the basis."""
         return math.sqrt(max(self._dot(v, v), 0.0))
 
 

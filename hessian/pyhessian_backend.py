@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessian.eigensolvers import measured_eigenspace
 from hessian.errors import ConvergenceWarning
 from hessian.operators import Operator
-from hessian.subspace import Eigenspace
+from hessian.subspace import Eigenspace, measured_eigenspace
 
 
 def power_iteration(

@@ -1,10 +1,17 @@
 """The leading eigenspace of a symmetric matrix, with the evidence for it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from hessian.operators import Operator
+from hessian.vector_rows import chunks, dot
+
+Which = Literal["magnitude", "largest", "smallest", "both"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,11 @@ class Eigenspace:
     """Products with A that were spent, the measuring of the residuals included."""
     converged: bool
     """Whether every residual is at most the tolerance that was asked for."""
+    which: Which = "magnitude"
+    """How the values lead: with ``"both"``, from the largest and the smallest in turn."""
+    missed: float = math.nan
+    """Bound on the chance that one more eigenvalue belongs here, as another copy of a multiple
+    one or one that the start did not see; over the random directions tried. NaN if not tested."""
 
     def project_sharp(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return V Vᵀ x, the part of x in the eigenspace. Costs 4 n k flops."""
@@ -71,12 +83,52 @@ class Eigenspace:
         near = float((kept[:, None] - rest[None, :]).abs().min())
         # Nothing outside leads the last pair, whichever way the values are ordered.
         outside = float((kept.abs() - rest[-1].abs()).min())
+        if self.which == "both":  # the others lie between the ends, near either
+            outside = -math.inf
         far = outside if math.isnan(self.gap) else max(self.gap, outside)
-        return Eigenspace(
-            kept,
-            self.vectors[:, :k],
-            self.residuals[:k],
-            max(min(near, far), 0.0),
-            self.num_products,
-            self.converged,
+        if self.which == "both" and math.isnan(self.gap):
+            near = math.nan
+        return replace(
+            self,
+            values=kept,
+            vectors=self.vectors[:, :k],
+            residuals=self.residuals[:k],
+            gap=near if math.isnan(near) else max(min(near, far), 0.0),
         )
+
+
+def measured_eigenspace(
+    operator: Operator,
+    vectors: Tensor,
+    *,
+    gap: float,
+    num_products: int,
+    goal: float,
+    which: Which = "magnitude",
+    missed: float = math.nan,
+) -> Eigenspace:
+    """Measure orthonormal vectors [n, k] with k products: Rayleigh quotients and residuals."""
+    # Column by column, unless the operator has something better: k vectors less in memory.
+    products = (
+        (operator @ v for v in vectors.unbind(dim=1))
+        if operator.columns is None
+        else (operator @ vectors).unbind(dim=1)
+    )
+    values, residuals = [], []
+    for v, product in zip(vectors.unbind(dim=1), products, strict=True):
+        value = dot(v, product)
+        parts = zip(chunks(v), chunks(product), strict=True)
+        squares = [(b.double() - value * a.double()).square().sum() for a, b in parts]
+        values.append(value)
+        residuals.append(torch.stack(squares).sum().sqrt())
+    measured = torch.stack(residuals)
+    return Eigenspace(
+        torch.stack(values),
+        vectors,
+        measured,
+        gap,
+        num_products,
+        bool(float(measured.max()) <= goal),
+        which,
+        missed,
+    )

@@ -95,5 +95,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return aᵀ b as a float64 scalar tensor, summed in float64 without long copies."""
     if a.dtype == torch.float64:
         return torch.dot(a, b)
-    parts = zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    parts = zip(chunks(a), chunks(b), strict=True)
     return torch.stack([torch.dot(x.double(), y.double()) for x, y in parts]).sum()
+
+
+def chunks(v: Tensor, length: int = CHUNK) -> Iterator[Tensor]:
+    """Yield the consecutive parts of a vector."""
+    for begin in range(0, len(v), length):
+        yield v[begin : begin + length]

@@ -254,13 +254,12 @@ def test_an_exhausted_budget_is_kept_and_said(max_products):
 def test_float32_says_that_it_cannot_reach_further():
     A = with_spectrum(torch.linspace(0, 1, 100)).float()
     operator, products = counted(A)
-    with pytest.warns(ConvergenceWarning, match="or work in float64"):
+    with pytest.warns(ConvergenceWarning, match="Rounding lets it .* work in float64"):
         space = leading_eigenspace(operator, k=2, tol=1e-9, max_products=300)
     assert len(products) == space.num_products <= 300
     assert not space.converged
-    # It measured, was disappointed, and gave up only with the whole space in the basis,
-    # without measuring at every step on the way.
-    assert 100 + 2 * 2 <= len(products) <= 100 + 10 * 2
+    # It measured, was disappointed, tried once more with lower estimates, and gave up then.
+    assert len(products) < 100
     # What float32 can do: a few hundred roundings of 6e-8.
     assert float(space.residuals.max()) < 1e-5
     assert space.values.dtype == torch.float64

@@ -1,0 +1,310 @@
+"""Thick-restart Lanczos for the leading eigenpairs, with a search for those that were missed."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hessian.checkpoint import Checkpoint
+from hessian.lanczos import Array, KrylovBasis, Shards
+from hessian.missed_eigenvalues import RISK, Search
+from hessian.operators import Operator
+from hessian.progress import Update
+from hessian.subspace import Eigenspace, Which, measured_eigenspace
+from hessian.vector_rows import chunks
+
+Indices = npt.NDArray[np.intp]
+
+ROOM = 20
+"""Vectors that a search for missed eigenvalues should find free in the basis."""
+
+DRAWS = 1 << 22
+"""Random numbers that are drawn at a time, so that their float64 copies stay small."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is looked for, and with what means."""
+
+    k: int
+    tol: float
+    max_products: int
+    max_basis: int
+    which: Which
+    seed: int
+    multiple: bool
+
+
+@dataclass
+class State:
+    """Where the iteration stands, beside the basis."""
+
+    products: int = 0
+    draws: int = 0
+    """Random directions that were used, the start included."""
+    next_check: int = 0
+    """Products at which the Ritz values are looked at next."""
+    last_products: int = 0
+    last_estimate: float = math.inf
+    retry_below: float = math.inf
+    """Estimate below which residuals are measured again after they disappointed."""
+    last_residual: float = math.inf
+    """The largest one when they disappointed."""
+    stalled: bool = False
+    """Whether rounding keeps the residuals up, however low the estimates."""
+    tested_merit: float | None = None
+    """Merit of the leading values that a search left standing."""
+    missed: float = math.nan
+    expected: int = 0
+    goal: float = math.nan
+    search: Search | None = None
+
+
+@dataclass
+class ThickRestart:
+    """Lanczos that keeps Ritz vectors when the basis is full, and starts again when it is done.
+
+    Args:
+        operator: Symmetric matrix A.
+        task: What is looked for.
+        start: First direction, shape [n]; a random one if None.
+        shards: If the basis is spread over ranks, how.
+        checkpoint: Where the state is kept.
+        update: Called after every product.
+    """
+
+    operator: Operator
+    task: Task
+    start: Tensor | None
+    shards: Shards | None
+    checkpoint: Checkpoint | None
+    update: Update
+    state: State = field(default_factory=State)
+    basis: KrylovBasis = field(init=False)
+
+    def run(self) -> Eigenspace:
+        """Return the eigenspace; ``state`` tells how the iteration ended."""
+        self.basis = self._begin()
+        state, task = self.state, self.task
+        while True:
+            self.basis.extend()
+            state.products += 1
+            m = len(self.basis)
+            if state.search is not None:
+                beta = 0.0 if self.basis.exhausted else self.basis.beta
+                state.search.step(float(self.basis.T[m - 1, m - 1]), beta)
+            space = self._look()
+            expected = state.products if space else state.expected or task.max_products
+            self.update(
+                state.products, expected=expected, error=state.last_estimate, goal=state.goal
+            )
+            if space is not None:
+                return space
+            if self.checkpoint is not None:
+                self.checkpoint.save(self.basis, state)
+
+    def _begin(self) -> KrylovBasis:
+        first = (
+            self.start if self.start is not None else random_direction(self.operator, self._seed)
+        )
+        self.state.draws = 1
+        basis = KrylovBasis(self.operator, first, shards=self.shards)
+        self.state.next_check = self.task.k
+        if self.checkpoint is not None:
+            self.checkpoint.resume(basis, self.state)
+        return basis
+
+    @property
+    def _seed(self) -> int:
+        """Seed of the next random direction; needs no state of a generator to be resumed."""
+        return (self.task.seed + self.state.draws * 0x9E3779B97F4A7C15) % (1 << 63)
+
+    def _look(self) -> Eigenspace | None:
+        """Look at the Ritz values if it is time to, decide how to go on; the result once done."""
+        basis, state, task = self.basis, self.state, self.task
+        m = len(basis)
+        final = state.products + task.k >= task.max_products
+        complete = m == self.operator.size
+        full = m + len(basis.abandoned) >= task.max_basis < self.operator.size
+        due = state.search is not None or state.products >= state.next_check
+        if not (due or final or complete or full or basis.exhausted):
+            return None
+        values, vectors = basis.ritz()
+        order = leading_order(values, task.which)
+        if m < task.k:
+            basis.restart(self._random())  # spans nothing more: start again, orthogonally
+            return None
+        C = vectors[:, order[: task.k]]
+        estimate = float(basis.residuals(C).max())
+        state.goal = task.tol * float(np.abs(values).max())
+        self._plan(estimate)
+        self._judge_search(values, order, vectors, complete=complete)
+        if final or complete:
+            return self._measure(values, order, C)
+        if state.search is None and estimate <= min(state.goal, state.retry_below):
+            if task.multiple and state.tested_merit is None:
+                self._begin_search(values, order, vectors)
+                return None
+            space = self._measure(values, order, C)
+            # After a disappointment (rounding in float32) once more when the estimates are lower,
+            # and again only if that helped.
+            residual = float(space.residuals.max())
+            state.stalled = not space.converged and residual > 0.5 * state.last_residual
+            state.retry_below, state.last_residual = 0.1 * estimate, residual
+            basis.follow_largest(C)
+            if space.converged or state.stalled or basis.exhausted or self._spent:
+                return space
+        if state.search is None:
+            basis.follow_largest(C)
+        if basis.exhausted:
+            basis.restart(self._random())
+        if full:
+            self._compress(vectors, order, (task.k + task.max_basis) // 2)
+        return None
+
+    @property
+    def _spent(self) -> bool:
+        return self.state.products + self.task.k >= self.task.max_products
+
+    def _plan(self, estimate: float) -> None:
+        """Choose when to look next, and how many products to expect, from how estimates fall."""
+        state, m = self.state, len(self.basis)
+        pause, left = max(1, m // 20), math.nan
+        steps = state.products - state.last_products
+        if 0 < estimate < state.last_estimate < math.inf and steps > 0:
+            rate = math.log(state.last_estimate / estimate) / steps
+            left = max(0.0, math.log(estimate / state.goal) / rate) if state.goal > 0 else 0.0
+            # Looking costs little beside a product, and a product too many costs one.
+            pause = min(pause, max(1, int(min(left, m) / 2)))
+            total = state.products + left + self.task.k
+            state.expected = int(min(math.ceil(total), self.task.max_products))
+        state.last_products, state.last_estimate = state.products, estimate
+        state.next_check = state.products + pause
+
+    def _judge_search(
+        self, values: Array, order: Indices, vectors: Array, *, complete: bool
+    ) -> None:
+        """End a search that found something, or that has become sure enough."""
+        state, k = self.state, self.task.k
+        now = merit(values[order[:k]], self.task.which)
+        if complete:
+            state.missed, state.tested_merit, state.search = 0.0, now, None
+            return
+        margin = self._margin
+        if state.tested_merit is not None and now > state.tested_merit + margin:
+            state.missed, state.tested_merit = math.nan, None
+        search = state.search
+        if search is None:
+            return
+        if now > search.merit + search.margin:
+            state.search, state.missed = None, math.nan
+            return
+        if search.cut_short:
+            # No bound without the polynomials: go on until the nearest values outside settle.
+            nearest = order[k : k + len(search.bounds)]
+            away = np.abs(np.subtract.outer(search.bounds, values[nearest])).min(axis=0)
+            settled = self.basis.residuals(vectors[:, nearest]) <= np.maximum(state.goal, away / 10)
+            sure = len(nearest) > 0 and bool(np.all(settled))
+        else:
+            state.missed = 0.0 if self.basis.exhausted else search.chance
+            sure = state.missed <= RISK
+        if sure or self.basis.exhausted:
+            state.tested_merit, state.search = now, None
+
+    @property
+    def _margin(self) -> float:
+        return max(self.state.goal, 2.0 * self.basis.rounding)
+
+    def _begin_search(self, values: Array, order: Indices, vectors: Array) -> None:
+        """Leave the present direction for a random one, to see what the basis has missed."""
+        basis, state, task = self.basis, self.state, self.task
+        room = task.max_basis - len(basis) - len(basis.abandoned) - 1
+        few = task.k + (task.max_basis - task.k) // 4
+        if room < min(ROOM, task.max_basis - few - 1) and few < len(basis):
+            self._compress(vectors, order, few)
+        leading = values[order[: task.k]]
+        now, margin = merit(leading, task.which), self._margin
+        if not basis.restart(self._random()):
+            state.tested_merit = now
+            state.next_check = state.products
+            return
+        bounds = outer_bounds(leading, task.which, margin)
+        state.search = Search(bounds, now, margin, self.operator.size - len(basis))
+
+    def _compress(self, vectors: Array, order: Indices, keep: int) -> None:
+        keep = min(keep, self.task.max_basis - len(self.basis.abandoned) - 1)
+        keep = max(keep, self.task.k)
+        if self.state.search is not None:
+            self.state.search.cut_short, self.state.missed = True, math.nan
+        self.basis.compress(vectors[:, order[:keep]])
+
+    def _measure(self, values: Array, order: Indices, C: Array) -> Eigenspace:
+        """Make k products for the residuals."""
+        found = self.basis.combine(C)
+        for v in found.unbind(dim=1):
+            # One sign convention, so that figures and resumed runs agree.
+            v.mul_(v[v.abs().argmax()].sign())
+        k, n = self.task.k, self.operator.size
+        kept, rest = values[order[:k]], values[order[k:]]
+        gap = math.inf if k == n else math.nan
+        if len(rest):
+            gap = float(np.abs(kept[:, None] - rest[None, :]).min())
+        self.state.products += k
+        return measured_eigenspace(
+            self.operator,
+            found,
+            gap=gap,
+            num_products=self.state.products,
+            goal=self.state.goal,
+            which=self.task.which,
+            missed=self.state.missed,
+        )
+
+    def _random(self) -> Tensor:
+        direction = random_direction(self.operator, self._seed)
+        self.state.draws += 1
+        return direction
+
+
+def leading_order(values: Array, which: Which) -> Indices:
+    """Return the indices of ascending values, leading first."""
+    if which == "both":
+        up = np.arange(len(values))
+        turns = np.stack([up[::-1], up], axis=1).reshape(-1)
+        return turns[: len(values)]
+    keys = {"magnitude": -np.abs(values), "largest": -values, "smallest": values}
+    return np.argsort(keys[which], kind="stable")
+
+
+def merit(leading: Array, which: Which) -> float:
+    """Return the sum that the leading values maximise, over all subspaces of their number."""
+    if which == "magnitude":
+        return float(np.abs(leading).sum())
+    if which == "both":
+        return float(leading[0::2].sum() - leading[1::2].sum())
+    return float(leading.sum()) * (1.0 if which == "largest" else -1.0)
+
+
+def outer_bounds(leading: Array, which: Which, margin: float) -> list[float]:
+    """Return the points beyond which one more eigenvalue would be among the leading ones."""
+    if which == "magnitude":
+        edge = float(np.abs(leading).min()) + margin
+        return [edge, -edge]
+    if which == "largest":
+        return [float(leading.min()) + margin]
+    if which == "smallest":
+        return [float(leading.max()) - margin]
+    upper = float(leading[0::2].min()) + margin
+    return [upper, float(leading[1::2].max()) - margin] if len(leading) > 1 else [upper]
+
+
+def random_direction(operator: Operator, seed: int) -> Tensor:
+    """Return a standard normal vector, drawn on the CPU: the same one on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
+    for part in chunks(out, DRAWS):
+        part.copy_(torch.randn(len(part), generator=generator, dtype=torch.float64))
+    return out
