@@ -3,8 +3,9 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,15 +26,17 @@ def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def report(name: str, lines: list[str]) -> None:
-    """Print a table and keep it, with the machine and the date, in benchmarks/results."""
+def report(name: str, lines: list[str], packages: Sequence[str] = ()) -> None:
+    """Print a table and keep it in benchmarks/results, with machine, date and versions."""
     device = f"GPU {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
     header = [
         f"# {name}, {date.today().isoformat()}",
         f"# {platform.machine()}, {_processor()}, {torch.get_num_threads()} thread(s), {device}, "
         f"torch {torch.__version__}",
-        "",
     ]
+    if packages:
+        header.append("# " + ", ".join(f"{package} {version(package)}" for package in packages))
+    header.append("")
     text = "\n".join([*header, *lines]) + "\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
