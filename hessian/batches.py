@@ -151,14 +151,9 @@ def require_repeatable(batches: Iterable[Batch]) -> None:
         isinstance(batches, Sequence) and not isinstance(batches, DataLoader)
     ):
         return
-    sampler = getattr(batches, "sampler", None)
-    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
-        raise NonDeterministicError(
-            "`data` must give the same batches in every pass, got a DataLoader that shuffles "
-            f"({type(sampler).__name__}). Build it with `shuffle=False`."
-        )
+    refuse_shuffling(batches)
     with torch.random.fork_rng(devices=[]):
-        first, second = _fingerprint(batches), _fingerprint(batches)
+        first, second = fingerprint(batches), fingerprint(batches)
     if first.shape == second.shape and _close(first, second):
         return
     if _close(first[:, 0].sum(), second[:, 0].sum()):
@@ -172,8 +167,22 @@ def require_repeatable(batches: Iterable[Batch]) -> None:
     )
 
 
-def _fingerprint(batches: Iterable[Batch]) -> Tensor:
-    """Two sums a batch, shape [b, 2]: one blind to the order of its samples, and one not."""
+def refuse_shuffling(batches: Iterable[Batch]) -> None:
+    """Refuse a loader that says that it shuffles.
+
+    Raises:
+        NonDeterministicError: Naming the sampler.
+    """
+    sampler = getattr(batches, "sampler", None)
+    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
+        raise NonDeterministicError(
+            "`data` must give the same batches in every pass, got a DataLoader that shuffles "
+            f"({type(sampler).__name__}). Build it with `shuffle=False`."
+        )
+
+
+def fingerprint(batches: Iterable[Batch]) -> Tensor:
+    """Return two sums a batch, shape [b, 2]: one blind to the order of its samples, and one not."""
     sums = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in batches:
         total = torch.zeros(1, 2, dtype=torch.float64)

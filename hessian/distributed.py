@@ -151,6 +151,8 @@ def _marks(vectors: Sequence[Tensor]) -> tuple[float, float]:
     """Two checksums; every entry and every vector's place show in them."""
     total = norm = 0.0
     for place, v in enumerate(vectors, start=1):
-        total += place * float(v.detach().sum(dtype=torch.float64))
-        norm += place * float(torch.linalg.vector_norm(v.detach(), dtype=torch.float64))
+        v = torch.view_as_real(v.detach()) if v.is_complex() else v.detach()
+        v = v if v.is_floating_point() else v.to(torch.float64)
+        total += place * float(v.sum(dtype=torch.float64))
+        norm += place * float(torch.linalg.vector_norm(v, dtype=torch.float64))
     return total, norm

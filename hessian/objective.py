@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.func import functional_call
 
 from hessian.batches import (
@@ -21,9 +23,11 @@ from hessian.batches import (
 )
 from hessian.criteria import BatchCriterion, Count, Criterion, stand_in_output
 from hessian.determinism import require_fixed_modules, require_pure_forward
-from hessian.double_backward import differentiable_twice
-from hessian.errors import NonFiniteError
+from hessian.distributed import Ranks
+from hessian.double_backward import differentiable_twice, require_second_derivative
+from hessian.errors import NonDeterministicError, NonFiniteError
 from hessian.parameters import Selection, select_parameters, unwrapped
+from hessian.rank_data import Split, rank_share
 
 Regularizer = Callable[[dict[str, Tensor]], Any]
 """A scalar tensor from the selected weights by name, in their shapes."""
@@ -84,16 +88,24 @@ class Objective:
             targets that are not ignored.
         regularizer: A function of the selected weights by name that returns a scalar, added to
             the mean loss, e.g. ``lambda p: 5e-5 * sum(t.square().sum() for t in p.values())``.
+        group: Processes that share the work, e.g. ``torch.distributed.group.WORLD``. All of them
+            build the objective from the same arguments and call the same methods together, and all
+            get the same results; an error on one is an error on all.
+        split: How a group shares the data. ``"batches"``: every rank is given all data and works
+            on batches rank, rank + ranks, …, never on the others. ``"given"``: every rank is given
+            its own part.
 
     Raises:
         NonDeterministicError: If the loss would change between two passes (a shuffling or
             augmenting loader, dropout, batch norm in training mode); the message names the cause.
         ValueError: If no parameter is selected, data are empty or of another type than the
-            weights, parameters have mixed types, counts are negative or all zero, or the
-            criterion does not weight every sample once and no ``count`` says how it does.
+            weights, parameters have mixed types, counts are negative or all zero, the
+            criterion does not weight every sample once and no ``count`` says how it does, or
+            ranks hold other weights or data than ``split`` asks for.
         TypeError: If data are not iterable, or only once; if ``count`` or ``regularizer`` returns
             anything but one number.
         NonFiniteError: From every method, if the loss or a derivative is not finite.
+        RankError: From every method with a group, if another rank failed.
 
     Example:
         >>> import torch
@@ -107,9 +119,9 @@ class Objective:
     """
 
     num_samples: int
-    """Number of samples in the data."""
+    """Number of samples in the data, over all ranks."""
     normalizer: float
-    """What sums over the batches are divided by: what all batches count for together."""
+    """What sums over all batches are divided by: what they count for together, on all ranks."""
 
     def __init__(
         self,
@@ -122,7 +134,10 @@ class Objective:
         reduction: str | None = None,
         count: Count | None = None,
         regularizer: Regularizer | None = None,
+        group: dist.ProcessGroup | None = None,
+        split: Split = "batches",
     ) -> None:
+        self.criterion = criterion
         self._criterion = BatchCriterion(criterion, reduction, count)
         self._regularizer = regularizer
         self.model = unwrapped(model)
@@ -132,11 +147,17 @@ class Objective:
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
         self._lengths = [p.numel() for p in self._parameters.values()]
         self.size = sum(self._lengths)
-        self._data = as_batches(data, batch_size)
-        require_fixed_modules(self.model)
-        require_repeatable(self._data)
-        self._require_scalar_regularizer()
-        self.num_samples, self.normalizer = self._survey()
+        self.ranks = Ranks(group, self.device)
+        with self.ranks.in_step(*self.model.parameters(), *self.model.buffers()):
+            require_fixed_modules(self.model)
+            self._require_scalar_regularizer()
+        self._data = rank_share(as_batches(data, batch_size), self.ranks, split)
+        with self.ranks.in_step():
+            require_repeatable(self._data)
+            lengths, weight = self._survey()
+        self.normalizer = float(self.ranks.gather([weight]).sum())
+        self._places, self._batch_lengths = self._arrange(lengths, split)
+        self.num_samples = sum(self._batch_lengths)
         if self.num_samples == 0:
             raise ValueError("`data` must hold at least one sample, got none.")
         if self.normalizer == 0:
@@ -173,7 +194,7 @@ class Objective:
         }
 
     def batches(self) -> Iterator[Batch]:
-        """Iterate over the batches, on the model's device."""
+        """Iterate over this rank's batches, on the model's device."""
         for batch in one_pass(self._data):
             yield to_device(batch, self.device)
 
@@ -195,7 +216,8 @@ class Objective:
     def batch_total(self, w: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted sum of one batch's losses at weights w; differentiable in w.
 
-        The sum of these over all batches, divided by ``normalizer``, plus ``regularization`` is L.
+        The sum of these over all batches of all ranks, divided by ``normalizer``, plus
+        ``regularization`` is L.
         """
         if self._criterion.weight(batch) == 0:  # its mean would be NaN
             return w[:0].sum()
@@ -213,14 +235,15 @@ class Objective:
         return found
 
     def reduce_(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over all ranks, in place, and return it."""
-        return tensor
+        """Add a tensor up over all ranks, in place, and return it; they call it together."""
+        return self.ranks.sum_(tensor)
 
     def loss(self, w: Float[Tensor, " d"]) -> float:
         """Return L(w). Costs one forward pass over the data."""
-        self._begin(w)
-        with torch.no_grad():
-            return self._mean([self.batch_total(w, batch) for batch in self.batches()], w)
+        with self.ranks.in_step(w), torch.no_grad():
+            self._begin(w)
+            totals = self._in_place([self.batch_total(w, batch) for batch in self.batches()])
+        return self._mean(totals, w)
 
     def gradient(self, w: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """Return the gradient of L at w. Costs one forward and one backward pass."""
@@ -228,13 +251,14 @@ class Objective:
 
     def loss_and_gradient(self, w: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
         """Return L(w) and its gradient. Costs one forward and one backward pass."""
-        w = self._begin(w).detach().requires_grad_()
-        out, totals = torch.zeros_like(w), []
-        with torch.enable_grad():
+        with self.ranks.in_step(w), torch.enable_grad():
+            w = self._begin(w).detach().requires_grad_()
+            out, sums = torch.zeros_like(w), []
             for batch in self.batches():
                 total = self.batch_total(w, batch)
                 out += torch.autograd.grad(total, w, materialize_grads=True)[0]
-                totals.append(total.detach())
+                sums.append(total.detach())
+            totals = self._in_place(sums)
         loss = self._mean(totals, w)
         out = self.reduce_(out).div_(self.normalizer)
         if self._regularizer is not None:
@@ -254,14 +278,15 @@ class Objective:
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"]
     ) -> tuple[float, Float[Tensor, " d"]]:
         """Return L(w), which the product computes anyway, and H(w) v."""
-        w = self._begin(w).detach().requires_grad_()
-        self.require_vector(v, "v")
-        out, totals = torch.zeros_like(w), []
-        with torch.enable_grad(), differentiable_twice():
+        with self.ranks.in_step(w, v), torch.enable_grad(), differentiable_twice():
+            w = self._begin(w).detach().requires_grad_()
+            self.require_vector(v, "v")
+            out, sums = torch.zeros_like(w), []
             for batch in self.batches():
                 total = self.batch_total(w, batch)
                 out += _curvature_product(total, w, v)
-                totals.append(total.detach())
+                sums.append(total.detach())
+            totals = self._in_place(sums)
         loss = self._mean(totals, w)
         out = self.reduce_(out).div_(self.normalizer)
         if self._regularizer is not None:
@@ -272,7 +297,10 @@ class Objective:
     def batch_hessian_product(
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"], batch: Batch
     ) -> Float[Tensor, " d"]:
-        """Return H_b(w) v for the Hessian of ``batch_loss``, the mean over one batch."""
+        """Return H_b(w) v for the Hessian of ``batch_loss``, the mean over one batch.
+
+        Concerns no other rank.
+        """
         w = self._begin(w).detach().requires_grad_()
         self.require_vector(v, "v")
         with torch.enable_grad(), differentiable_twice():
@@ -290,14 +318,19 @@ class Objective:
                 criterion that returns a scalar), or its single losses do not add up to its mean
                 times ``count``.
         """
-        self._begin(w)
-        with torch.no_grad():
-            losses = [
+        ends = list(accumulate(self._batch_lengths))
+        with self.ranks.in_step(w), torch.no_grad():
+            self._begin(w)
+            parts = [
                 self._criterion.samples(self.output(w, batch), batch).to(torch.float64)
                 for batch in self.batches()
             ]
-        self._mean([part.sum() for part in losses], w)
-        return torch.cat(losses) * (self.num_samples / self.normalizer)
+            totals = self._in_place([part.sum() for part in parts])
+            losses = totals.new_zeros(self.num_samples)
+            for place, part in zip(self._places, parts, strict=True):
+                losses[ends[place] - len(part) : ends[place]] = part
+        self._mean(totals, w)
+        return self.reduce_(losses) * (self.num_samples / self.normalizer)
 
     def statistics(self, w: Float[Tensor, " d"]) -> LossStatistics:
         """Return count, sum and sum of squares of the samples' losses, without the regulariser.
@@ -333,22 +366,46 @@ class Objective:
                 f"{v.dtype} on {v.device}. Convert it with `{name}.to(objective.weights())`."
             )
 
-    def _survey(self) -> tuple[int, float]:
-        """Number of samples and total count of the data, checked in one pass.
+    def _survey(self) -> tuple[list[int], float]:
+        """Lengths and total count of this rank's batches, checked in one pass.
 
         The model runs on the first batch alone; every batch's targets are shown to the criterion.
         """
-        num_samples, normalizer = 0, 0.0
+        lengths, weight = [], 0.0
         w = self.weights()
         for i, batch in enumerate(self.batches()):
-            num_samples += batch_length(batch)
-            normalizer += self._criterion.weight(batch)
+            lengths.append(batch_length(batch))
+            weight += self._criterion.weight(batch)
             with torch.no_grad():
                 if i == 0:
                     first, output = batch, self._checked_output(w, batch)
                 elif (stand_in := stand_in_output(output, first, batch)) is not None:
                     self._criterion.require_additive(stand_in, batch)
-        return num_samples, normalizer
+        return lengths, weight
+
+    def _arrange(self, lengths: list[int], split: Split) -> tuple[list[int], list[int]]:
+        """Places of this rank's batches among those of all ranks, and the lengths of all."""
+        counts = [int(row) for row in self.ranks.gather([float(len(lengths))])[:, 0]]
+        rank, start, step = self.ranks.rank, self.ranks.rank, self.ranks.size
+        if split == "given":
+            start, step = sum(counts[:rank]), 1
+        places = [start + step * i for i in range(len(lengths))]
+        everywhere = torch.zeros(sum(counts), dtype=torch.float64)
+        everywhere[places] = torch.tensor(lengths, dtype=torch.float64)
+        total = self.ranks.gather(everywhere.tolist()).sum(dim=0)
+        return places, [int(length) for length in total]
+
+    def _in_place(self, totals: list[Tensor]) -> Tensor:
+        """Sums of this rank's batches in the places that they have among all; zero elsewhere."""
+        if len(totals) != len(self._places):
+            raise NonDeterministicError(
+                f"`data` must give the same batches in every pass, got {len(totals)} of them and "
+                f"{len(self._places)} before."
+            )
+        out = torch.zeros(len(self._batch_lengths), dtype=torch.float64, device=self.device)
+        for place, total in zip(self._places, totals, strict=True):
+            out[place] = total.to(torch.float64)
+        return out
 
     def _checked_output(self, w: Tensor, batch: Batch) -> Any:
         """Output on a batch, if the forward pass is pure and the criterion a mean."""
@@ -383,9 +440,10 @@ class Objective:
             f"{type(found).__name__}{shape}."
         )
 
-    def _mean(self, totals: list[Tensor], w: Tensor) -> float:
-        """L from the batches' sums; names the batch or parameter that is not finite."""
-        total = float(torch.stack([t.to(torch.float64) for t in totals]).sum())
+    def _mean(self, totals: Tensor, w: Tensor) -> float:
+        """L from every rank's part of the totals; names what is not finite."""
+        totals = self.reduce_(totals)
+        total = float(totals.sum())
         with torch.no_grad():
             penalty = float(self.regularization(w))
         loss = total / self.normalizer + penalty
@@ -396,7 +454,7 @@ class Objective:
                 raise NonFiniteError(f"The weights hold a NaN or an infinity in `{name}`.")
         if math.isfinite(total):
             raise NonFiniteError(f"`regularizer` is {penalty} at finite weights.")
-        bad = next((i for i, t in enumerate(totals) if not torch.isfinite(t)), None)
+        bad = next((i for i, t in enumerate(totals.tolist()) if not math.isfinite(t)), None)
         where = "their sum" if bad is None else f"batch {bad}"
         raise NonFiniteError(
             f"The loss is {loss} (first in {where} of {len(totals)}) at finite weights. Look at "
@@ -416,6 +474,7 @@ def _curvature_product(total: Tensor, w: Tensor, v: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(total, w, create_graph=True, materialize_grads=True)
     if not gradient.requires_grad:  # a loss linear in w
         return torch.zeros_like(w)
+    require_second_derivative(gradient)
     return torch.autograd.grad(gradient, w, v, materialize_grads=True)[0].detach()
 
 
