@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hessian.convolutions import Geometry, convolution, frozen_batch_norm
+from hessian.errors import SecondDerivativeError
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
@@ -27,6 +29,79 @@ def differentiable_twice() -> Iterator[None]:
     """
     with sdpa_kernel(SDPBackend.MATH), _Substitution():
         yield
+
+
+def require_second_derivative(gradient: Tensor) -> None:
+    """Refuse the graph of a gradient that ends in a function marked ``once_differentiable``.
+
+    Torch would raise there, were it not that its own marker is cut off from the weights: the
+    second derivative comes back without that function's part, and nothing is said.
+
+    Raises:
+        SecondDerivativeError: If such a function is in the graph.
+    """
+    if any("Error" in node.name() for node in graph_nodes(gradient)):
+        raise SecondDerivativeError(
+            "A custom autograd function in the model is marked `once_differentiable`, so its part "
+            "of the Hessian would be missing. Write its backward pass with differentiable "
+            'operations, or use `hessian_operator(..., method="forward")` or "differences".'
+        )
+
+
+def graph_nodes(tensor: Tensor) -> Iterator[Node]:
+    """Yield every node of the graph that made a tensor, once."""
+    stack, seen = [tensor.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+            yield node
+
+
+@contextmanager
+def differentiable_forward() -> Iterator[None]:
+    """Run layers inside the block by kernels whose backward pass has a forward derivative.
+
+    Attention runs by plain matrix products, recurrent layers without mkldnn and cuDNN, the squared
+    error by elementary operations. The global settings are put back.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _ForwardSubstitution():
+        yield
+
+
+class _ForwardSubstitution(TorchFunctionMode):
+    """Replaces calls of functions whose backward pass forward mode cannot enter."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in RECURRENT:
+            with _without_mkldnn(), torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        if func is functional.mse_loss and len(args) == 2 and kwargs.keys() <= {"reduction"}:
+            return _squared_error(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    # Not `mkldnn.flags`, which sets TF32 as well and warns on machines without it.
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def _squared_error(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Return `mse_loss`, whose own backward pass raises on dual numbers, pytorch/pytorch#123996."""
+    squares = (input - target).square()
+    if reduction == "none":
+        return squares
+    return squares.mean() if reduction == "mean" else squares.sum()
 
 
 class _Substitution(TorchFunctionMode):
@@ -55,6 +130,8 @@ class _Substitution(TorchFunctionMode):
             normalised = self._batch_norm(*args, **kwargs)
             if normalised is not None:
                 return normalised
+        elif func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         elif func in RECURRENT and torch.backends.cudnn.enabled:
             with torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
@@ -82,6 +159,11 @@ class _Substitution(TorchFunctionMode):
         if offset is not None:
             shift = shift + offset * scale
         return convolution(inputs, W * scale.view(-1, *[1] * (W.ndim - 1)), shift, geometry)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # Torch differentiates its own a second time as if |v| were constant (seen up to 2.13).
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _bind_convolution(

@@ -15,3 +15,7 @@ class NonFiniteError(ArithmeticError):
 
 class RankError(RuntimeError):
     """Another process of the group failed, so this one cannot go on; the message says with what."""
+
+
+class SecondDerivativeError(RuntimeError):
+    """A layer's gradient cannot be differentiated again; the message says which and what to do."""

@@ -1,39 +1,70 @@
-"""The Hessian of the training loss as an operator, and how its products are computed."""
+"""The Hessian of the training loss as an operator, and the choice of how its products are made."""
 
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
 
+from hessian.batches import Batch, batch_length, map_tensors
+from hessian.differences import CentralDifferences, difference_quotient
+from hessian.double_backward import differentiable_twice, graph_nodes, require_second_derivative
+from hessian.errors import SecondDerivativeError
+from hessian.forward_mode import ForwardOverReverse
 from hessian.kept_graph import KeptGraph
 from hessian.objective import Objective
 from hessian.operators import Operator
+
+Method = Literal["auto", "reverse", "forward", "differences"]
+
+WORDS = {
+    "reverse": "reverse over reverse",
+    "forward": "forward over reverse",
+    "differences": "central differences of gradients",
+}
 
 
 def hessian_operator(
     objective: Objective,
     w: Float[Tensor, " d"] | None = None,
     *,
+    method: Method = "auto",
     memory_budget: int | None = None,
 ) -> Operator:
     """Return the Hessian of the training loss at w.
 
-    The first product builds the graph of the gradient, at the price of two gradients (and one of
-    the first batch, to see how large it is). Where it fits into the memory budget it is kept, for
-    as long as the operator lives, and a further product is one backward pass through it; batches
-    that do not fit cost two gradients in every product.
+    ``"reverse"``, reverse over reverse, differentiates the gradient's graph. The first product
+    builds it, at the price of two gradients (and one of the first batch, to see how large it is).
+    Where it fits into the memory budget it is kept, for as long as the operator lives, and a
+    further product is one backward pass through it; batches that do not fit cost three gradients,
+    for one product or once for all columns of ``H @ V``. ``"forward"``, forward over reverse, costs
+    about three gradients too. ``"differences"`` costs four gradients and is not exact.
+
+    ``"auto"`` takes the first of these that the model's layers allow, tried on a few samples; it
+    refuses differences for networks with kinks, where they are off by half and more. Which one was
+    taken stands in the operator's ``method``. How many graphs are kept is logged.
 
     Args:
         objective: The training loss.
         w: Where the Hessian is taken, shape [d]. Default: the model's current weights. A copy is
             kept, so later training does not move the operator.
-        memory_budget: Bytes for the graphs that are kept; 0 keeps none. Default: a quarter of what
-            is free at the first product.
+        method: How a product is computed.
+        memory_budget: Bytes for the graphs that ``"reverse"`` keeps; 0 keeps none. Default: a
+            quarter of what is free at the first product.
 
     Returns:
         The operator of shape [d, d]. Its products raise ``NonDeterministicError`` if the loss at
         w changed since the first product, and ``NonFiniteError`` if they are not finite.
+        Differences give a ``ConvergenceWarning`` where they do not settle.
 
     Raises:
-        ValueError: If w does not fit the objective, or the budget is negative.
+        ValueError: If w does not fit the objective, the budget is negative, the method is not
+            known, or none is exact and the network has kinks.
+        SecondDerivativeError: If ``"reverse"`` is asked for and a layer hides its second
+            derivative from autograd.
 
     Example:
         >>> import torch
@@ -42,6 +73,8 @@ def hessian_operator(
         >>> H = hessian_operator(Objective(model, torch.nn.MSELoss(), data))
         >>> H @ torch.tensor([1.0, 1.0])
         tensor([1., 4.])
+        >>> H.method
+        'reverse over reverse'
 
     References:
         Pearlmutter (1994), Fast exact multiplication by the Hessian.
@@ -50,5 +83,140 @@ def hessian_operator(
     objective.require_vector(w, "w")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"`memory_budget` must not be negative, got {memory_budget} bytes.")
-    graph = KeptGraph(objective, w, memory_budget)
-    return Operator(graph.product, objective.size, objective.dtype, objective.device)
+    if method not in get_args(Method):
+        raise ValueError(f"`method` must be one of {get_args(Method)}, got {method!r}.")
+    if method in ("auto", "reverse"):
+        method = _choose(objective, w, forced=method == "reverse")
+    products: KeptGraph | ForwardOverReverse | CentralDifferences
+    columns = None
+    if method == "reverse":
+        products = KeptGraph(objective, w, memory_budget)
+        columns = products.columns
+    elif method == "forward":
+        products = ForwardOverReverse(objective, w)
+    else:
+        products = CentralDifferences(objective, w)
+    return Operator(
+        products.product,
+        objective.size,
+        objective.dtype,
+        objective.device,
+        columns,
+        WORDS[method],
+    )
+
+
+def _choose(objective: Objective, w: Tensor, *, forced: bool) -> Method:
+    """Return the first method that the model's layers allow, tried on a few samples."""
+    batch = next(objective.batches(), None)
+    if batch is None:  # fewer batches than ranks
+        return "reverse"
+    batch = _few_samples(objective, w, batch)
+    try:
+        _try_reverse(objective, w, batch)
+        return "reverse"
+    except (RuntimeError, NotImplementedError) as error:
+        if forced:
+            raise
+        refused = error
+    try:
+        ForwardOverReverse(objective, w).batch_product(torch.ones_like(w), batch)
+        return "forward"
+    except (RuntimeError, NotImplementedError):
+        pass
+    kinks = _kinks(objective, w, batch)
+    if kinks:
+        raise ValueError(
+            "The Hessian of this model has no exact product: its gradient cannot be "
+            f"differentiated ({refused}). Central differences of gradients would remain, but "
+            f"across the kinks of {', '.join(sorted(kinks))} they are off by half and more. "
+            'Replace the layer that refuses, or force them with `method="differences"`.'
+        ) from refused
+    return "differences"
+
+
+def _try_reverse(objective: Objective, w: Tensor, batch: Batch) -> None:
+    """Make one product on a batch; raises where a second derivative is missing or wrong."""
+    w = w.detach().requires_grad_()
+    v = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
+    product = torch.zeros_like(w)
+    with torch.enable_grad(), differentiable_twice():
+        total = objective.batch_total(w, batch)
+        custom = _custom_functions(total)
+        (gradient,) = torch.autograd.grad(total, w, create_graph=True, materialize_grads=True)
+        if gradient.requires_grad:
+            require_second_derivative(gradient)
+            (product,) = torch.autograd.grad(gradient, w, v, materialize_grads=True)
+    if not custom or _kinks(objective, w, batch):
+        return
+
+    def slope(u: Tensor) -> Tensor:
+        u = u.detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(objective.batch_total(u, batch), u, materialize_grads=True)[
+                0
+            ]
+
+    # Their backward passes may hide from autograd what they depend on.
+    expected, error = difference_quotient(slope, w.detach(), v)
+    if float((product - expected).norm()) > (0.01 + 10.0 * error) * float(expected.norm()):
+        raise SecondDerivativeError(
+            f"The second derivative of the custom autograd function {' or '.join(sorted(custom))} "
+            "is not the derivative of its gradient."
+        )
+
+
+def _custom_functions(tensor: Tensor) -> set[str]:
+    """Return the names of the autograd functions in a graph that are written in Python."""
+    nodes: Iterator[Any] = graph_nodes(tensor)
+    return {
+        type(node).__name__.removesuffix("Backward")
+        for node in nodes
+        if issubclass(type(node), BackwardCFunction)
+        and not node._forward_cls.__module__.startswith("hessian.")
+    }
+
+
+def _few_samples(objective: Objective, w: Tensor, batch: Batch) -> Batch:
+    """Return the first two samples of a batch, or the whole of it where it cannot be cut."""
+    length = batch_length(batch)
+    few: Batch = map_tensors(batch, lambda t: t[:2] if t.ndim and len(t) == length else t)
+    try:
+        with torch.no_grad():
+            objective.batch_total(w, few)
+    except Exception:
+        return batch  # the loss of the whole batch was evaluated when the objective was made
+    return few
+
+
+def _kinks(objective: Objective, w: Tensor, batch: Batch) -> frozenset[str]:
+    """Return the names of the functions with kinks that the model calls on a batch."""
+    with torch.no_grad(), _Listening() as heard:
+        objective.batch_total(w, batch)
+    return KINKED.intersection(heard.names)
+
+
+KINKED = frozenset(
+    (
+        *("relu", "relu_", "relu6", "rrelu", "leaky_relu", "leaky_relu_", "prelu", "threshold"),
+        *("hardtanh", "hardtanh_", "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
+        *("abs", "clamp", "clamp_", "clamp_min", "clamp_max", "maximum", "minimum", "max", "min"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "amax", "amin", "rnn_relu", "l1_loss"),
+        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "topk", "sort"),
+    )
+)
+"""Names of torch's functions whose first derivative jumps."""
+
+
+class _Listening(TorchFunctionMode):
+    """Notes the names of all functions that are called inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
