@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from hessian.operators import Operator
@@ -29,11 +29,8 @@ class SignProbes:
     def draw(self, count: int) -> Float[Tensor, "n k"]:
         """Return the next ``count`` probes, one a column."""
         op = self._operator
-        out = torch.empty((op.size, count), dtype=op.dtype, device=op.device)
-        for j in range(count):
-            bits = torch.randint(0, 2, (op.size,), generator=self._generator, dtype=torch.int8)
-            out[:, j] = (2 * bits - 1).to(device=op.device, dtype=op.dtype)
-        return out
+        bits = torch.randint(0, 2, (count, op.size), generator=self._generator, dtype=torch.int8)
+        return (2 * bits.T - 1).to(device=op.device, dtype=op.dtype)
 
 
 class CountedProducts:
@@ -84,7 +81,7 @@ def chunk_columns(operator: Operator) -> int:
     return max(1, min(64, CHUNK_BYTES // max(bytes_each, 1)))
 
 
-def inner(X: Float[Tensor, "n k"], Y: Float[Tensor, "n l"]) -> Float[Tensor, "k l"]:
+def inner(X: Num[Tensor, "n k"], Y: Num[Tensor, "n l"]) -> Float[Tensor, "k l"]:
     """Return XᵀY, summed in float64 on the CPU."""
     out = torch.zeros((X.shape[1], Y.shape[1]), dtype=torch.float64, device=X.device)
     for rows in row_blocks(len(X), X.shape[1] + Y.shape[1]):

@@ -32,12 +32,16 @@ class TraceEstimate:
 
     value: float
     standard_error: float
-    """Standard error of the value; see ``interval`` for what it covers."""
+    """Standard error of the value; see ``interval`` for what it covers.
+
+    With ``rtol``, its upper 95 % confidence limit: where sampling stops, the spread tends to be
+    one that happens to be small.
+    """
     samples: Float[Tensor, " p"]
     """An estimate of the trace from every probe, in float64. Their mean is the value."""
     num_products: int
     converged: bool
-    """Whether the tolerance was reached, surely enough to stop; True where none was asked for."""
+    """Whether the tolerance was reached; True where none was asked for."""
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return a confidence interval by Student's t with one degree of freedom a sample less one.
@@ -83,9 +87,9 @@ def trace(
             A − V Λ Vᵀ only, which for exact pairs is (I − V Vᵀ) A (I − V Vᵀ). No product
             is spent on it. Unbiased also if the pairs are inexact, or of another matrix.
         num_probes: Number of probes; with ``rtol``, the number before the first look, at least 20.
-        rtol: Add probes until the standard error is at most rtol · |value|, with its
-            upper 95 % confidence limit in place of the standard error itself, which is too small
-            where a running spread happens to be. Looks are taken at geometrically growing numbers.
+        rtol: Add probes until the standard error is at most rtol · |value|. So as not to stop
+            early, the standard error is then its own upper 95 % confidence limit, and looks are
+            few, at geometrically growing numbers of probes.
         max_products: Budget of products with A when ``rtol`` is given.
         seed: Seed of the probes, drawn on the CPU; the global random state is not used.
         progress: A bar, or a function called with a ``Step``.
@@ -123,21 +127,21 @@ def trace(
         converged = rtol is None
         while rtol is not None:
             goal = rtol * abs(captured + float(samples.mean()))
-            surely = error * _upper_factor(len(samples))
-            converged = surely <= goal
+            error *= _upper_factor(len(samples))
+            converged = error <= goal
             more = _affordable(operator, method, math.ceil(GROWTH * probes), max_products)
             if converged or more <= probes:
                 break
-            wanted = probes * (surely / goal) ** 2 if goal > 0 else math.inf
+            wanted = probes * (error / goal) ** 2 if goal > 0 else math.inf
             within = _affordable(operator, method, int(min(wanted, max_products)), max_products)
-            A.expect(_price(method, max(more, within)), error=surely, goal=goal)
+            A.expect(_price(method, max(more, within)), error=error, goal=goal)
             estimator.grow(more - probes)
             probes = more
             samples, error = estimator.outcome()
     if not converged:
         warnings.warn(
-            f"The trace has a standard error of {error:.2e}, up to {surely:.2e} by its own "
-            f"uncertainty, after {A.spent} products; the goal was {goal:.2e}. Raise "
+            f"The trace has a standard error of {error:.2e} after {A.spent} products, the goal "
+            f"was {goal:.2e}. Raise "
             "`max_products` or `rtol`, or pass the leading `eigenspace`.",
             ConvergenceWarning,
             stacklevel=2,

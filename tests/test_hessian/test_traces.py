@@ -4,9 +4,19 @@ import math
 import pytest
 import torch
 
-from hessian import NonFiniteError, Operator, hessian_operator, trace
+from hessian import (
+    ConvergenceWarning,
+    Eigenspace,
+    NonFiniteError,
+    Operator,
+    hessian_operator,
+    trace,
+)
+from hessian.probes import CHUNK_BYTES, CountedProducts, SignProbes, chunk_columns
+from hessian.sketches import leave_one_out_traces
+from hessian.traces import _ESTIMATORS
 from tests.cases import digits_network
-from tests.oracles import counted, digits_hessian, with_spectrum
+from tests.oracles import counted, digits_hessian, digits_leading, with_spectrum
 
 N = 8
 A = with_spectrum(torch.linspace(-1, 3, N), seed=4)
@@ -99,3 +109,428 @@ def test_too_few_probes_says_what_to_change(num_probes):
 def test_nan_from_a_product_is_an_error():
     with pytest.raises(NonFiniteError):
         trace(Operator(lambda v: v * math.nan, 3, torch.float64, torch.device("cpu")))
+
+
+# Methods other than plain Hutchinson.
+
+METHODS = ["hutchinson", "hutch++", "xtrace"]
+POLYNOMIAL = 1 / torch.arange(1.0, 101.0, dtype=torch.float64)
+STEP = torch.cat([torch.ones(25), 1e-3 * torch.ones(75)]).double()
+
+
+def leading(A, k):
+    values, vectors = torch.linalg.eigh(A)
+    order = values.abs().argsort(descending=True)[:k]
+    return Eigenspace(values[order], vectors[:, order], torch.zeros(k).double(), math.nan, 0, True)
+
+
+@pytest.fixture
+def given_probes(monkeypatch):
+    """Let the estimators draw the columns that a test lists, in turn."""
+
+    def give(columns):
+        left = list(columns.unbind(dim=1))
+
+        def draw(self, count):
+            taken = [left.pop(0) for _ in range(count)]
+            return torch.stack(taken, dim=1) if taken else columns[:, :0]
+
+        monkeypatch.setattr(SignProbes, "draw", draw)
+
+    return give
+
+
+def estimator(method, A, growing=False):
+    counted_products = CountedProducts(Operator.from_matrix(A), lambda *a, **k: None, 0)
+    return _ESTIMATORS[method](
+        counted_products, SignProbes(Operator.from_matrix(A), 0), growing=growing
+    )
+
+
+def sign_vectors(n):
+    """All signs but for an overall one, which no estimator sees."""
+    rows = itertools.product([-1.0, 1.0], repeat=n - 1)
+    return torch.tensor([(1.0, *row) for row in rows]).double()
+
+
+@pytest.mark.parametrize(("n", "count"), [(5, 2), (4, 3), (3, 3)])
+def test_xtrace_over_all_signs_averages_to_the_trace(n, count, given_probes):
+    # Among them are equal probes, whose sketch has fewer directions than columns.
+    B = with_spectrum(torch.linspace(-1, 3, n), seed=1)
+    signs = sign_vectors(n)
+    values = []
+    for choice in itertools.product(range(len(signs)), repeat=count):
+        given_probes(signs[list(choice)].T)
+        found = estimator("xtrace", B)
+        found.grow(count)
+        values.append(found.outcome()[0])
+    means = torch.stack(values).mean(dim=0)
+    torch.testing.assert_close(means, B.trace().expand(count), rtol=0, atol=1e-10)
+    assert float(torch.stack(values).std()) > 0.1
+
+
+def test_hutch_plus_plus_over_all_signs_averages_to_the_trace(given_probes):
+    B = with_spectrum(torch.linspace(-1, 3, 4), seed=1)
+    signs = sign_vectors(4)
+    values = []
+    for choice in itertools.product(range(len(signs)), repeat=3):
+        given_probes(signs[list(choice)].T)
+        found = estimator("hutch++", B)
+        found.grow(3)
+        values.append(found.outcome()[0])
+    means = torch.stack(values).mean(dim=0)
+    torch.testing.assert_close(means, B.trace().expand(2), rtol=0, atol=1e-10)
+    assert float(torch.stack(values).std()) > 0.1
+
+
+def test_deflation_by_the_pairs_of_another_matrix_is_unbiased_too(given_probes):
+    B, other = with_spectrum(torch.linspace(-1, 3, 6)), with_spectrum(torch.ones(6), seed=9)
+    given_probes(sign_vectors(6).T)
+    found = trace(Operator.from_matrix(B), eigenspace=leading(2.0 * other, 3), num_probes=32)
+    assert found.value == pytest.approx(float(B.trace()), abs=1e-12)
+    assert found.standard_error > 0.1
+
+
+@pytest.mark.parametrize("pairs", [0, 3])
+def test_the_variance_is_that_of_the_matrix_without_the_pairs(pairs, given_probes):
+    B = with_spectrum([4.0, -3.0, 2.0, 1.0, 0.5, 0.2])
+    space = leading(B, pairs) if pairs else None
+    given_probes(sign_vectors(6).T)
+    found = trace(Operator.from_matrix(B), eigenspace=space, num_probes=32)
+    rest = B if space is None else B - (space.vectors * space.values) @ space.vectors.T
+    variance = 2 * float((rest**2).sum() - (rest.diag() ** 2).sum())
+    assert float(found.samples.var(correction=0)) == pytest.approx(variance, rel=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deflation_by_all_eigenvectors_is_exact(method):
+    operator, products = counted(A)
+    space = leading(A, N)
+    found = trace(operator, method=method, eigenspace=space, num_probes=3)
+    assert found.value == pytest.approx(float(A.trace()), rel=1e-12)
+    assert found.standard_error == pytest.approx(0, abs=1e-12)
+    assert (
+        found.num_products == len(products) == {"hutchinson": 3, "hutch++": 4, "xtrace": 6}[method]
+    )
+
+
+@pytest.mark.parametrize(("method", "rank"), [("hutch++", 5), ("xtrace", 9), ("xtrace", 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_rank_within_the_sketch_is_exact(method, rank, dtype):
+    B = with_spectrum(torch.cat([torch.arange(1.0, rank + 1), torch.zeros(40 - rank)]))
+    found = trace(Operator.from_matrix(B.to(dtype)), method=method, num_probes=10)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    assert found.value == pytest.approx(float(B.trace()), rel=tolerance)
+    assert found.standard_error < tolerance
+
+
+def test_xtrace_with_one_probe_less_than_the_rank_is_not_exact():
+    B = with_spectrum(torch.cat([torch.arange(1.0, 11), torch.zeros(30)]))
+    found = trace(Operator.from_matrix(B), method="xtrace", num_probes=10)
+    assert abs(found.value - 55.0) > 1e-3
+    assert found.standard_error > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_zero_matrix_has_the_trace_zero(method):
+    found = trace(Operator.from_matrix(torch.zeros(20, 20).double()), method=method, num_probes=5)
+    assert (found.value, found.standard_error) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_permuting_coordinates_and_probes_changes_nothing(method, given_probes):
+    B = with_spectrum(POLYNOMIAL[:30])
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    signs = SignProbes(Operator.from_matrix(B), 0).draw(10)
+    given_probes(signs)
+    before = trace(Operator.from_matrix(B), method=method, num_probes=10)
+    given_probes(signs[order])
+    after = trace(Operator.from_matrix(B[order][:, order]), method=method, num_probes=10)
+    torch.testing.assert_close(after.samples, before.samples, rtol=1e-10, atol=1e-10)
+    assert after.standard_error == pytest.approx(before.standard_error, rel=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("factor", [-3.0, 1e-9, 1e9])
+def test_a_multiple_has_the_multiple_of_the_trace(method, factor):
+    B = with_spectrum(POLYNOMIAL[:40])
+    one, other = (
+        trace(Operator.from_matrix(c * B), method=method, num_probes=12) for c in (1.0, factor)
+    )
+    torch.testing.assert_close(other.samples / factor, one.samples, rtol=1e-10, atol=1e-10)
+    assert other.standard_error / abs(factor) == pytest.approx(one.standard_error, rel=1e-8)
+
+
+def test_a_shift_adds_its_trace_and_no_error():
+    B = with_spectrum(POLYNOMIAL[:40])
+    one, other = (trace(Operator.from_matrix(B + c * torch.eye(40).double())) for c in (0.0, 5.0))
+    torch.testing.assert_close(other.samples - 200.0, one.samples, rtol=0, atol=1e-11)
+    assert other.standard_error == pytest.approx(one.standard_error, rel=1e-10)
+
+
+def test_the_samples_without_a_probe_are_those_of_a_run_without_it(given_probes):
+    B = with_spectrum(POLYNOMIAL[:40])
+    signs = SignProbes(Operator.from_matrix(B), 3).draw(7)
+    given_probes(signs)
+    whole = estimator("xtrace", B)
+    whole.grow(7)
+    W = signs.T @ whole.basis.Q
+    _, without = leave_one_out_traces(whole.H, whole.basis.R, W.T, whole.forms)
+    for j in range(7):
+        given_probes(signs[:, [i for i in range(7) if i != j]])
+        part = estimator("xtrace", B)
+        part.grow(6)
+        assert float(without[j]) == pytest.approx(float(part.outcome()[0].mean()), rel=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_probes_in_several_portions_give_what_one_portion_gives(method, given_probes):
+    B = with_spectrum(POLYNOMIAL)
+    signs = SignProbes(Operator.from_matrix(B), 0).draw(24)
+    given_probes(signs)
+    grown = estimator(method, B, growing=True)
+    for count in (5, 12, 7):
+        grown.grow(count)
+    if method == "hutch++":
+        # Portions alternate between sketch and samples: 2 + 3, 6 + 6, 4 + 3.
+        sketch = [0, 1, 5, 6, 7, 8, 9, 10, 17, 18, 19, 20]
+        signs = signs[:, sketch + [i for i in range(24) if i not in sketch]]
+    given_probes(signs)
+    once = estimator(method, B)
+    once.grow(24)
+    for ours, expected in zip(grown.outcome(), once.outcome(), strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(ours), torch.as_tensor(expected), rtol=1e-9, atol=1e-11
+        )
+    assert grown.A.spent == once.A.spent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "pairs", "num_probes"),
+    [
+        ("hutchinson", 0, 36),
+        ("hutchinson", 8, 36),
+        ("hutch++", 0, 24),
+        ("hutch++", 4, 10),
+        ("xtrace", 0, 18),
+        ("xtrace", 4, 8),
+    ],
+)
+@pytest.mark.parametrize("spectrum", [POLYNOMIAL, STEP], ids=["polynomial", "step"])
+def test_intervals_cover_the_truth_as_often_as_they_say(method, pairs, num_probes, spectrum):
+    B = with_spectrum(spectrum)
+    operator, space = Operator.from_matrix(B), leading(B, pairs) if pairs else None
+    inside = 0
+    for seed in range(200):
+        found = trace(operator, method=method, eigenspace=space, num_probes=num_probes, seed=seed)
+        low, high = found.interval(0.95)
+        inside += low <= float(B.trace()) <= high
+    assert 0.9 <= inside / 200 <= 0.99
+
+
+def test_the_spread_of_xtrace_samples_alone_would_not_cover():
+    # 25 equal eigenvalues and 24 probes: the basis misses one of them, whichever probe is left out.
+    B = with_spectrum(STEP)
+    plain = corrected = 0
+    for seed in range(200):
+        found = trace(Operator.from_matrix(B), method="xtrace", num_probes=24, seed=seed)
+        error = abs(found.value - float(B.trace()))
+        plain += error <= 2.07 * float(found.samples.std()) / math.sqrt(24)
+        corrected += error <= 2.07 * found.standard_error
+    assert plain / 200 < 0.7
+    assert 0.9 <= corrected / 200 <= 0.99
+
+
+def test_the_interval_is_that_of_student_and_grows_with_the_level():
+    found = trace(Operator.from_matrix(A), num_probes=5)
+    low, high = found.interval(0.95)
+    assert (low + high) / 2 == pytest.approx(found.value)
+    assert (high - low) / 2 == pytest.approx(2.776445 * found.standard_error, rel=1e-6)
+    assert found.interval(0.5)[1] < high < found.interval(0.99)[1]
+    for level in (0.0, 1.0, 95.0):
+        with pytest.raises(ValueError, match="`level` must lie between 0 and 1"):
+            found.interval(level)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spectrum", [POLYNOMIAL, STEP], ids=["polynomial", "step"])
+def test_stopping_at_a_tolerance_is_not_early(method, spectrum):
+    B = with_spectrum(spectrum)
+    exact, rtol = float(B.trace()), 0.04
+    runs = [
+        trace(Operator.from_matrix(B), method=method, num_probes=20, rtol=rtol, seed=s)
+        for s in range(200)
+    ]
+    assert all(run.converged for run in runs)
+    assert all(run.standard_error <= rtol * abs(run.value) for run in runs)
+    inside = sum(run.interval()[0] <= exact <= run.interval()[1] for run in runs)
+    assert inside / 200 >= 0.9
+    # What counts: the errors that really occur are of the size that was asked for.
+    within = sum(abs(run.value - exact) <= 2 * rtol * exact for run in runs)
+    assert within / 200 >= 0.95
+
+
+@pytest.mark.slow
+def test_a_stop_at_the_first_small_spread_would_be_early():
+    """One large eigenvalue: half of the probes hardly see it, and then the spread is small."""
+    B = with_spectrum(torch.cat([torch.ones(1), torch.full((99,), 0.01)]))
+    exact, rtol = float(B.trace()), 0.2
+    needed = 2 * float((B**2).sum() - (B.diag() ** 2).sum()) / (rtol * exact) ** 2
+    stops = [
+        len(trace(Operator.from_matrix(B), num_probes=20, rtol=rtol, seed=seed).samples)
+        for seed in range(200)
+    ]
+    early = sum(stop < needed for stop in stops) / 200
+    naive = 0
+    for seed in range(200):
+        samples = trace(Operator.from_matrix(B), num_probes=100, seed=seed).samples
+        errors = [float(samples[:m].std()) / math.sqrt(m) for m in range(2, 101)]
+        naive += any(
+            error <= rtol * abs(float(samples[:m].mean()))
+            for m, error in enumerate(errors, start=2)
+            if m < needed
+        )
+    assert early <= 0.1
+    assert naive / 200 >= 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_exhausted_budget_is_kept_and_said(method):
+    operator, products = counted(with_spectrum(torch.linspace(-1, 1.1, 200)))
+    with pytest.warns(ConvergenceWarning, match=r"Raise `max_products` or `rtol`"):
+        found = trace(operator, method=method, num_probes=20, rtol=1e-3, max_products=100)
+    assert not found.converged
+    assert 95 < len(products) == found.num_products <= 100
+
+
+def test_a_diagonal_matrix_stops_at_the_first_look():
+    operator, products = counted(torch.diag(torch.arange(1.0, 101.0).double()))
+    found = trace(operator, num_probes=20, rtol=1e-12)
+    assert found.converged
+    assert len(products) == 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pairs", [0, 5])
+def test_float32_agrees_with_float64(method, pairs):
+    B = with_spectrum(POLYNOMIAL)
+    space = leading(B, pairs) if pairs else None
+    double, single = (
+        trace(Operator.from_matrix(B.to(kind)), method=method, eigenspace=space, num_probes=9)
+        for kind in (torch.float64, torch.float32)
+    )
+    torch.testing.assert_close(single.samples, double.samples, rtol=1e-4, atol=1e-4)
+    assert single.samples.dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_matrix_products_give_the_same_as_products_one_by_one(method):
+    B = with_spectrum(POLYNOMIAL)
+    widths = []
+
+    def columns(X):
+        widths.append(X.shape[1])
+        return B @ X
+
+    together = Operator(lambda v: B @ v, 100, B.dtype, B.device, columns=columns)
+    one, other = (trace(op, method=method, num_probes=20) for op in (counted(B)[0], together))
+    torch.testing.assert_close(one.samples, other.samples, rtol=1e-10, atol=1e-12)
+    assert max(widths) >= 10
+    assert sum(widths) == other.num_products == one.num_products
+
+
+def test_a_chunk_of_columns_fits_into_its_memory():
+    for size in (10, 10**6, 10**9):
+        operator = Operator(
+            lambda v: v, size, torch.float32, torch.device("cpu"), columns=lambda X: X
+        )
+        width = chunk_columns(operator)
+        assert width == 1 or 4 * size * width <= CHUNK_BYTES
+        assert width >= 1
+
+
+def test_progress_counts_products_and_knows_error_and_goal():
+    steps = []
+    found = trace(
+        counted(with_spectrum(POLYNOMIAL))[0],
+        num_probes=20,
+        rtol=0.04,
+        progress=steps.append,
+    )
+    assert [step.products for step in steps] == list(range(1, found.num_products + 1))
+    assert steps[0].expected == 20
+    assert steps[-1].goal == pytest.approx(0.04 * abs(found.value), rel=0.5)
+    assert all(step.expected >= step.products for step in steps)
+
+
+@pytest.mark.slow
+def test_deflation_by_ten_pairs_leaves_less_than_half_of_the_spread_on_digits():
+    H = digits_hessian()
+    values, vectors = digits_leading(10)
+    space = Eigenspace(values, vectors, torch.zeros(10).double(), math.nan, 0, True)
+    plain, deflated = (
+        torch.tensor(
+            [
+                trace(Operator.from_matrix(H), eigenspace=pairs, num_probes=50, seed=seed).value
+                for seed in range(40)
+            ]
+        )
+        for pairs in (None, space)
+    )
+    assert float(deflated.std() / plain.std()) <= 0.45
+    assert float(deflated.mean()) == pytest.approx(float(H.trace()), rel=0.01)
+
+
+@pytest.mark.oracle
+def test_curvlinops_gives_the_same_from_the_same_probes(given_probes):
+    from curvlinops import hutchinson_trace, hutchpp_trace, xtrace
+    from curvlinops.sampling import random_vector
+
+    B = with_spectrum(POLYNOMIAL[:60])
+    for method, theirs, probes, products in (
+        ("hutchinson", hutchinson_trace, 12, 12),
+        ("hutch++", hutchpp_trace, 12, 18),
+        ("xtrace", xtrace, 12, 24),
+    ):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            expected = float(theirs(B, products))
+            torch.manual_seed(0)
+            drawn = [random_vector(60, "rademacher", B.device, B.dtype) for _ in range(probes)]
+        given_probes(torch.stack(drawn, dim=1))
+        found = trace(Operator.from_matrix(B), method=method, num_probes=probes)
+        assert found.value == pytest.approx(expected, rel=1e-10)
+        assert found.num_products == products
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "xtrace", "num_probes": 1}, "`num_probes` must be at least 2"),
+        ({"method": "hutch++", "num_probes": 2}, "`num_probes` must be at least 3"),
+        ({"method": "xtrace", "num_probes": 4}, "fewer than 8 products.* 4 cost 8"),
+        ({"method": "hutch++", "num_probes": 6}, "fewer than 8 products.* 6 cost 9"),
+        ({"rtol": 0.0}, "`rtol` must be positive, got 0.0"),
+        ({"rtol": math.nan}, "`rtol` must be positive, got nan"),
+        ({"rtol": 0.1, "num_probes": 19}, "`num_probes` must be at least 20 with `rtol`, got 19"),
+        ({"rtol": 0.1, "max_products": 29}, "`max_products` must be at least 30"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(options, message):
+    operator, products = counted(A)
+    with pytest.raises(ValueError, match=message):
+        trace(operator, **options)
+    assert not products
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r'`method` must be "hutchinson".* got "hutch"'):
+        trace(Operator.from_matrix(A), method="hutch")
+
+
+def test_an_eigenspace_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="length 8, got 5"):
+        trace(Operator.from_matrix(A), eigenspace=leading(torch.eye(5).double(), 2))
