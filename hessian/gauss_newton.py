@@ -7,31 +7,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hessian.batches import Batch
-from hessian.determinism import require_fixed_modules
-from hessian.double_backward import differentiable_twice
+from hessian.jacobian_products import JacobianProducts, Middle
+from hessian.likelihoods import factor, likelihood_of, target_of
 from hessian.objective import Objective
 from hessian.operators import Operator
 
 
-def gauss_newton_operator(objective: Objective, w: Float[Tensor, " d"] | None = None) -> Operator:
+def gauss_newton_operator(
+    objective: Objective,
+    w: Float[Tensor, " d"] | None = None,
+    *,
+    memory_budget: int | None = None,
+) -> Operator:
     """Return the generalised Gauss-Newton matrix G = Σ Jᵀ (∇²_z ℓ) J / N of the loss at w.
 
     J is the Jacobian of the model's output z in w, ℓ the loss as a function of z. G is positive
     semidefinite if ℓ is convex in z, as cross-entropy and squared error are, and equals the
-    Hessian where the model is linear or the loss gradient in z vanishes. A product costs one
-    forward pass and about three backward passes over the data, and works wherever the Hessian's
-    does; nothing is kept between products.
+    Hessian where the model is linear or the loss gradient in z vanishes. A regulariser enters by
+    its own Hessian. G exists wherever the Hessian's reverse-over-reverse products do.
+
+    The first product builds two graphs for every batch, of z and of u ↦ Jᵀ u. Where they fit into
+    the memory budget they are kept, and a further product is one backward pass through each;
+    batches that do not fit are linearised anew, for one product or for all columns of ``G @ V``.
 
     Args:
         objective: The training loss. The model must return one tensor.
         w: Where the matrix is taken, shape [d]. Default: the model's current weights.
+        memory_budget: Bytes for the graphs that are kept; 0 keeps none. Default: a quarter of what
+            is free at the first product.
 
     Returns:
         The operator of shape [d, d]. Its products raise ``TypeError`` if the model returns
-        anything but one tensor, and ``NonFiniteError`` if they are not finite.
+        anything but one tensor, ``NonDeterministicError`` if the model or the data changed since
+        the first one, and ``NonFiniteError`` if they are not finite.
 
     Raises:
-        ValueError: If w does not fit the objective.
+        ValueError: If w does not fit the objective, or the budget is negative.
 
     Example:
         >>> import torch
@@ -47,38 +58,36 @@ def gauss_newton_operator(objective: Objective, w: Float[Tensor, " d"] | None = 
     """
     w = objective.weights() if w is None else w.detach().clone()
     objective.require_vector(w, "w")
-    leaf = w.requires_grad_()
+    likelihood = likelihood_of(objective)
 
-    def product(v: Tensor) -> Tensor:
-        require_fixed_modules(objective.model)
-        out = torch.zeros_like(v)
-        with torch.enable_grad(), differentiable_twice():
-            for batch in objective.batches():
-                out += _batch_product(objective, leaf, v, batch)
-        return out / objective.num_samples
+    def part(i: int, batch: Batch, leaf: Tensor) -> tuple[Tensor, Middle]:
+        del i
+        z: Any = objective.output(leaf, batch)
+        if not isinstance(z, Tensor):
+            raise TypeError(
+                "The Gauss-Newton matrix needs a model that returns one tensor, got "
+                f"{type(z).__name__}. Wrap the model so that it returns its logits."
+            )
+        fixed, y = z.detach(), target_of(batch)
+        if likelihood is None or not likelihood.fits(fixed, y):
+            return z, _loss_hessian(objective, fixed, batch)
+        # The formula keeps no second graph through the loss, which a large vocabulary would feel.
+        scale = factor(likelihood, objective, fixed, batch)
+        return z, lambda u: scale * likelihood.bend(fixed, y, u)
 
-    return Operator(product, objective.size, objective.dtype, objective.device)
+    products = JacobianProducts(objective, w, part, memory_budget, regularized=True)
+    return products.operator("Gauss-Newton by reverse mode")
 
 
-def _batch_product(objective: Objective, w: Tensor, v: Tensor, batch: Batch) -> Tensor:
-    """Return Jᵀ (∇²_z Σ ℓ) J v for one batch."""
-    output: Any = objective.output(w, batch)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            "The Gauss-Newton matrix needs a model that returns one tensor, got "
-            f"{type(output).__name__}. Wrap the model so that it returns its logits."
-        )
-    # J v by two backward passes: u ↦ Jᵀ u is linear, and its derivative along v is J v. Unlike
-    # forward mode, this exists for every layer that can be differentiated twice.
-    u = torch.zeros_like(output, requires_grad=True)
-    (pulled,) = torch.autograd.grad(output, w, u, create_graph=True, materialize_grads=True)
-    if not pulled.requires_grad:  # an output that does not depend on w
-        return torch.zeros_like(v)
-    (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
-    z = output.detach().requires_grad_()
+def _loss_hessian(objective: Objective, z: Tensor, batch: Batch) -> Middle:
+    """Return u ↦ (∇²_z Σ ℓ) u by automatic differentiation of any loss."""
+    z = z.requires_grad_()
     total = objective.total_from_output(z, batch)
     (slope,) = torch.autograd.grad(total, z, create_graph=True, materialize_grads=True)
-    if not slope.requires_grad:  # a loss linear in the output
-        return torch.zeros_like(v)
-    (bent,) = torch.autograd.grad(slope, z, pushed.detach(), materialize_grads=True)
-    return torch.autograd.grad(output, w, bent.detach(), materialize_grads=True)[0].detach()
+
+    def product(u: Tensor) -> Tensor:
+        if not slope.requires_grad:  # a loss linear in the output
+            return torch.zeros_like(u)
+        return torch.autograd.grad(slope, z, u, retain_graph=True, materialize_grads=True)[0]
+
+    return product

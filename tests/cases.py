@@ -1,7 +1,7 @@
 """Small float64 networks with twelve samples, one for each thing that can go wrong."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -28,12 +28,22 @@ class Case:
     sample_loss: Callable[[Any, Any], Tensor]
     """The loss of a batch that holds one sample: a formula, not a library criterion."""
     parameters: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the objective."""
+    divisor: float | None = None
+    """What the sum of the losses is divided by; None for the number of samples."""
 
     def batches(self, cuts: Sequence[int] = (NUM_SAMPLES,)) -> list[Any]:
         return cut(self.data, cuts)
 
     def objective(self, cuts: Sequence[int] = (NUM_SAMPLES,)) -> Objective:
-        return Objective(self.model, self.criterion, self.batches(cuts), parameters=self.parameters)
+        return Objective(
+            self.model,
+            self.criterion,
+            self.batches(cuts),
+            parameters=self.parameters,
+            **self.options,
+        )
 
 
 def cut(data: Any, cuts: Sequence[int]) -> list[Any]:

@@ -7,18 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessian import Operator
-from tests.cases import NUM_SAMPLES, Case, cases, cut, digits_network, outputs
+from tests.cases import Case, cases, cut, digits_network, outputs
 
 
 def selected(case: Case) -> dict[str, nn.Parameter]:
     """Return the parameters that make up w, tied ones once, in the model's order."""
-    named = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-    if case.parameters is not None:
-        prefix = case.parameters.removesuffix("*")
-        named = {name: p for name, p in named.items() if name.startswith(prefix)}
-    return named
+    named = dict(case.model.named_parameters())
+    chosen = case.parameters
+    if chosen is None:
+        return {name: p for name, p in named.items() if p.requires_grad}
+    if callable(chosen):
+        return {name: p for name, p in named.items() if chosen(name, p)}
+    prefixes = [chosen] if isinstance(chosen, str) else chosen
+    starts = tuple(prefix.removesuffix("*") for prefix in prefixes)
+    return {name: p for name, p in named.items() if name.startswith(starts)}
 
 
 def flat_weights(case: Case) -> Tensor:
@@ -27,19 +32,77 @@ def flat_weights(case: Case) -> Tensor:
 
 def dense_sample_losses(case: Case, w: Tensor) -> Tensor:
     """Return the losses, taken one sample at a time by the formula of the case."""
-    weights, start = {}, 0
-    for name, p in selected(case).items():
-        weights[name] = w[start : start + p.numel()].reshape(p.shape)
-        start += p.numel()
+    weights = by_name(case, w)
     losses = []
-    for sample in cut(case.data, [1] * NUM_SAMPLES):
+    for sample in cut(case.data, [1] * num_samples(case)):
         target = sample if isinstance(sample, dict) else sample[-1]
         losses.append(case.sample_loss(outputs(case, weights, sample), target))
     return torch.stack(losses)
 
 
+def num_samples(case: Case) -> int:
+    parts = case.data.values() if isinstance(case.data, dict) else case.data
+    return len(next(iter(parts)))
+
+
+def by_name(case: Case, w: Tensor) -> dict[str, Tensor]:
+    weights, start = {}, 0
+    for name, p in selected(case).items():
+        weights[name] = w[start : start + p.numel()].reshape(p.shape)
+        start += p.numel()
+    return weights
+
+
 def dense_loss(case: Case, w: Tensor) -> Tensor:
-    return dense_sample_losses(case, w).mean()
+    """The losses' sum over the number of samples, or over what the case divides by."""
+    return dense_sample_losses(case, w).sum() / (case.divisor or num_samples(case))
+
+
+def plain_hessian(case: Case, w: Tensor) -> Tensor:
+    """Return the Hessian row by row, by plain automatic differentiation of one sample each."""
+    w = w.detach().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = dense_loss(case, w)
+        (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+        rows = [
+            torch.autograd.grad(g, w, retain_graph=True, materialize_grads=True)[0]
+            for g in gradient
+        ]
+    H = torch.stack(rows)
+    return (H + H.T) / 2
+
+
+def plain_gauss_newton(case: Case, w: Tensor) -> Tensor:
+    """Return Σ Jᵀ (∇²_z ℓ) J, with J and the loss's Hessian written out for one sample each."""
+    w = w.detach().requires_grad_()
+    total = torch.zeros(len(w), len(w), dtype=w.dtype)
+    for sample in cut(case.data, [1] * num_samples(case)):
+        target = sample if isinstance(sample, dict) else sample[-1]
+        z = outputs(case, by_name(case, w), sample)
+        rows = [
+            torch.autograd.grad(entry, w, retain_graph=True, materialize_grads=True)[0]
+            for entry in z.flatten()
+        ]
+        J = torch.stack(rows)
+
+        def loss(flat: Tensor, shape: Any = z.shape, target: Any = target) -> Tensor:
+            return case.sample_loss(flat.view(shape), target)
+
+        bend = torch.autograd.functional.hessian(loss, z.detach().flatten())
+        total += J.T @ bend @ J
+    return total / (case.divisor or num_samples(case))
+
+
+def differences_of_gradients(case: Case, w: Tensor, v: Tensor, step: float = 1e-3) -> Tensor:
+    """Return H v from four gradients, without any second derivative; error of order step⁴."""
+
+    def gradient(shift: float) -> Tensor:
+        leaf = (w + shift * v).detach().requires_grad_()
+        return torch.autograd.grad(dense_loss(case, leaf), leaf)[0]
+
+    near = gradient(step) - gradient(-step)
+    far = gradient(2 * step) - gradient(-2 * step)
+    return (8 * near - far) / (12 * step)
 
 
 @lru_cache
