@@ -48,7 +48,7 @@ class RowShards:
         """
         if v.ndim == 0 or len(v) != self.size:
             raise ValueError(
-                f"A full tensor must have {self.size} rows, got shape {list(v.shape)}."
+                f"`v` must be a full tensor of {self.size} rows, got shape {list(v.shape)}."
             )
         return v[self.rows].clone()  # a view would keep the full tensor alive
 
@@ -61,7 +61,7 @@ class RowShards:
         count = self.rows.stop - self.rows.start
         if part.ndim == 0 or len(part) != count:
             raise ValueError(
-                f"This rank's part must have {count} rows, got shape {list(part.shape)}."
+                f"`part` must have this rank's {count} rows, got shape {list(part.shape)}."
             )
         # Gloo gathers equal parts only. All padding is in the end, and cut off there.
         padded = part.new_zeros(self._most, *part.shape[1:])
@@ -135,9 +135,9 @@ class Ranks:
         slack = 1e-9 * float(table[:, 2].nan_to_num().max())
         if not torch.allclose(table, table[:1].expand_as(table), 0.0, slack, equal_nan=True):
             raise ValueError(
-                "Every rank must be given the same vectors, got different ones (their checksums: "
-                f"{table[:, 1].tolist()}). Load the same weights and draw with the same seed on "
-                "every rank."
+                "Every rank must be given the same weights and vectors, got different ones, of "
+                f"checksums {table[:, 1].tolist()}. Load the same weights and draw with the same "
+                "seed on every rank."
             )
 
     def _tell(self, message: str) -> list[str]:

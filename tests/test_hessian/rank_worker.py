@@ -1,0 +1,306 @@
+"""What one rank does in the tests of several ranks; also run without ranks, for the truth.
+
+``python -m tests.test_hessian.rank_worker "SCENARIO|…" RANK RANKS STORE OUT BACKEND`` writes
+``OUT/SCENARIO.RANK.safetensors``.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from hessian import Objective, RowShards, hessian_operator, leading_eigenspace, trace
+from hessian.lanczos import KrylovBasis
+from tests.cases import Tagger, cases, digits_network, seeded
+
+Group = Any
+MASKED = -100
+
+
+def ridge(parameters: dict[str, Tensor]) -> Tensor:
+    """A regulariser whose Hessian is neither constant nor a multiple of the identity."""
+    parts = [i * (p**4).sum() for i, p in enumerate(parameters.values(), 1)]
+    return 1e-3 * torch.stack(parts).sum()
+
+
+def masked_tokens() -> tuple[nn.Module, Tensor, Tensor]:
+    """A tagger with sentences of different lengths, one batch's worth without any target."""
+    tokens = seeded(lambda: torch.randint(0, 5, (12, 6)), 3)
+    targets = (tokens + 1) % 4
+    for row, kept in enumerate([6, 1, 2, 6, 0, 0, 3, 5, 1, 1, 4, 2]):
+        targets[row, kept:] = MASKED
+    return seeded(Tagger), tokens, targets
+
+
+def cut(tensors: tuple[Tensor, ...], lengths: list[int]) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(t.split(lengths) for t in tensors), strict=True))
+
+
+class Counting(TensorDataset):
+    """A data set that notes which samples were read."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(*tensors)
+        self.read: set[int] = set()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.read.add(index)
+        return super().__getitem__(index)
+
+
+def measured(objective: Objective, *, shards: RowShards | None = None) -> dict[str, Tensor]:
+    """Everything that must not depend on the number of ranks."""
+    w = objective.weights()
+    v = torch.randn(objective.size, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
+    v = v.to(w.device)
+    H = hessian_operator(objective)
+    pairs = leading_eigenspace(
+        H, k=3, tol=1e-6 if w.dtype == torch.float64 else 1e-3, shards=shards
+    )
+    both = torch.stack([v, v.flip(0)], dim=1)
+    out = {
+        "loss": torch.tensor(objective.loss(w), dtype=torch.float64),
+        "gradient": objective.gradient(w),
+        "product": objective.hessian_product(w, v),
+        "operator": H @ v,
+        "columns": hessian_operator(objective, memory_budget=0) @ both,
+        "eigenvalues": torch.as_tensor(pairs.values).clone(),
+        "trace": torch.tensor(trace(H, num_probes=2).value, dtype=torch.float64),
+        "counts": torch.tensor([objective.num_samples, objective.normalizer]),
+    }
+    return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
+
+
+def with_samples(objective: Objective) -> dict[str, Tensor]:
+    return measured(objective) | {"samples": objective.sample_losses(objective.weights()).cpu()}
+
+
+def ragged(group: Group, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    case = cases()["CNN with frozen batch norm"]
+    model = copy.deepcopy(case.model).to(device, dtype)
+    data = [(x.to(dtype), y) for x, y in case.batches([5, 4, 1, 2])]
+    return with_samples(Objective(model, case.criterion, data, group=group))
+
+
+def loader(group: Group) -> dict[str, Tensor]:
+    """Every rank reads its own batches only, besides the first one of all."""
+    case = cases()["tanh MLP"]
+    data = Counting(*case.data)
+    objective = Objective(
+        case.model, case.criterion, DataLoader(data, batch_size=2, shuffle=False), group=group
+    )
+    out = with_samples(objective)
+    if group is not None:
+        own = {i for i in range(12) if i // 2 % dist.get_world_size() == dist.get_rank()}
+        assert data.read == own | {0, 1}, data.read
+    return out
+
+
+def tokens(group: Group) -> dict[str, Tensor]:
+    model, x, y = masked_tokens()
+    data = cut((x, y), [3, 1, 2, 6])
+    return with_samples(Objective(model, nn.CrossEntropyLoss(), data, group=group))
+
+
+def counted_and_regularized(group: Group) -> dict[str, Tensor]:
+    model, x, y = masked_tokens()
+    objective = Objective(
+        model,
+        lambda output, target: F.cross_entropy(output, target),
+        cut((x, y), [3, 1, 2, 6]),
+        count=lambda batch: (batch[1] != MASKED).sum(),
+        regularizer=ridge,
+        group=group,
+    )
+    return with_samples(objective)
+
+
+def wrapped(group: Group) -> dict[str, Tensor]:
+    case = cases()["tanh MLP"]
+    model = copy.deepcopy(case.model)
+    if group is not None:
+        model = DistributedDataParallel(model, process_group=group)
+    objective = Objective(model, case.criterion, case.batches([5, 4, 3]), group=group)
+    assert list(objective.shapes) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    return with_samples(objective)
+
+
+def given(group: Group) -> dict[str, Tensor]:
+    """Rank 0 holds the first seven samples in two batches, the others share the rest."""
+    case = cases()["tanh MLP"]
+    batches = case.batches([4, 3, 5])
+    if group is not None:
+        batches = batches[:2] if dist.get_rank() == 0 else batches[2:]
+    return with_samples(Objective(case.model, case.criterion, batches, group=group, split="given"))
+
+
+def sharded(group: Group, device: str = "cpu") -> dict[str, Tensor]:
+    """d = 1510, so that the vectors outweigh what else a basis holds."""
+    case = digits_network(num_samples=40)
+    data = [(x, y) for x, y in zip(*(t.split([25, 15]) for t in case.data), strict=True)]
+    model = copy.deepcopy(case.model).to(device)
+    objective = Objective(model, case.criterion, data, group=group)
+    shards = group and RowShards(objective.size, group)
+    out = measured(objective, shards=shards)
+    basis = KrylovBasis(hessian_operator(objective), objective.weights(), shards=shards)
+    for _ in range(8):
+        basis.extend()
+    coefficients = basis.ritz()[1][:, -2:]
+    vectors = basis.combine(coefficients)
+    out["Ritz projectors"] = (vectors @ vectors.T).cpu()
+    held = [basis.rows[i] for i in range(len(basis))] + [basis.current.vector]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    out["bytes"] = torch.tensor(sum(storages.values()))
+    return out
+
+
+def rows(group: Group) -> dict[str, Tensor]:
+    """Tensors taken apart and put together; fewer rows than ranks among them."""
+    tensors = {str(shape): seeded(lambda s=shape: torch.randn(s)) for shape in [(1,), (7, 2), (8,)]}
+    if group is None:
+        return tensors
+    shards = {name: RowShards(len(t), group) for name, t in tensors.items()}
+    return {name: shards[name].full(shards[name].local(t)) for name, t in tensors.items()}
+
+
+def few_batches(group: Group) -> dict[str, Tensor]:
+    """Two batches: a third rank has nothing to do but to add zeros."""
+    case = cases()["tanh MLP"]
+    objective = Objective(case.model, case.criterion, case.batches([7, 5]), group=group)
+    shards = group and RowShards(objective.size, group)
+    return with_samples(objective) | measured(objective, shards=shards)
+
+
+@dataclass
+class FailsOn:
+    """Cross-entropy that fails for batches of a given length."""
+
+    length: int = -1
+
+    def __call__(self, output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        if len(target) == self.length:
+            raise ZeroDivisionError(f"planned for {self.length}")
+        return F.cross_entropy(output, target, reduction=reduction)
+
+
+def refusals(group: Group) -> dict[str, Tensor]:
+    """What is raised on this rank, as text, when ranks disagree or one of them fails."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    case = cases()["tanh MLP"]
+    X, y = case.data
+    batches, cross_entropy = case.batches([5, 4, 3]), FailsOn()
+    model = copy.deepcopy(case.model)
+    objective = Objective(model, cross_entropy, batches, group=group)
+    w = objective.weights()
+    other = w + 1e-3 * rank
+    tilted = torch.cat([w[:1] + rank, w[1:2] - rank, w[2:]])  # the same sum
+    texts = {}
+
+    def note(name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            texts[name] = f"{type(error).__name__}: {error}"
+
+    def build(data: Any = batches, *, net: nn.Module = model, **options: Any) -> Objective:
+        return Objective(net, cross_entropy, data, group=group, **options)
+
+    def loader_of(length: int, **options: Any) -> DataLoader[Any]:
+        data = TensorDataset(X[:length], y[:length])
+        sampler = DistributedSampler(data, ranks, rank, shuffle=False, **options)
+        return DataLoader(data, batch_size=3, sampler=sampler)
+
+    note("weights of a call", lambda: objective.loss(other))
+    note("weights of a call, same sum", lambda: objective.gradient(tilted))
+    note("vector of a product", lambda: objective.hessian_product(w, other))
+    note("length of a vector", lambda: objective.loss(w if rank else w[1:]))
+    cross_entropy.length = 4  # the second batch, rank 1's
+    for method in ("loss", "gradient", "sample_losses"):
+        note(method, lambda method=method: getattr(objective, method)(w))
+    note("hessian_product", lambda: objective.hessian_product(w, w))
+    note("construction", build)
+    cross_entropy.length = -1
+    note(
+        "criterion without reduction",
+        lambda: Objective(model, lambda o, t: weighted(o, t), batches, group=group),
+    )
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved[0].weight += rank
+    note("weights of the model", lambda: build(net=moved))
+    note("buffers", lambda: build(net=with_buffer(float(rank))))
+    note("data", lambda: build([(X + rank, y)]))
+    note("number of batches", lambda: build(batches[: 3 - rank]))
+    note("sampler", lambda: build(loader_of(12)))
+    note("padding sampler", lambda: build(loader_of(11), split="given"))
+    note("even sampler", lambda: build(loader_of(12), split="given"))
+    note("same data", lambda: build(split="given"))
+    note("unknown split", lambda: build(split="rows"))
+    note("shuffling", lambda: build(DataLoader(TensorDataset(X, y), shuffle=True)))
+    note("no rows", lambda: RowShards(0, group))
+    note("full rows", lambda: RowShards(5, group).local(w[:4]))
+    note("rows of a part", lambda: RowShards(5, group).full(w[:5]))
+    note("no data", lambda: build([]))
+    spoilt = [(x.clone(), t) for x, t in batches]
+    spoilt[1][0][0, 0] = torch.nan
+    note("NaN", lambda: build(spoilt).loss(w))
+    model.append(nn.Dropout(0.5)).train(rank == 1)
+    note("training mode", lambda: objective.loss(w))
+    model.eval()
+    note("afterwards", lambda: objective.loss(w))
+    return {
+        name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()
+    }
+
+
+def weighted(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, torch.tensor([0.5, 1.0, 3.0]).double())
+
+
+def with_buffer(value: float) -> nn.Module:
+    model = seeded(lambda: nn.Linear(4, 3))
+    model.register_buffer("shift", torch.tensor(value))
+    return model
+
+
+SCENARIOS: dict[str, Callable[[Group], dict[str, Tensor]]] = {
+    "ragged, float64": lambda group: ragged(group, torch.float64),
+    "ragged, float32": lambda group: ragged(group, torch.float32),
+    "loader": loader,
+    "tokens": tokens,
+    "counted and regularised": counted_and_regularized,
+    "wrapped": wrapped,
+    "given": given,
+    "sharded": sharded,
+    "rows": rows,
+    "few batches": few_batches,
+    "refusals": refusals,
+    "ragged on cuda": lambda group: ragged(group, torch.float64, "cuda"),
+    "sharded on cuda": lambda group: sharded(group, "cuda"),
+}
+
+
+def main(names: str, rank: int, ranks: int, store: str, out: str, backend: str) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend, rank=rank, world_size=ranks, store=dist.FileStore(store, ranks)
+    )
+    for name in names.split("|"):
+        save_file(SCENARIOS[name](dist.group.WORLD), Path(out) / f"{name}.{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
