@@ -129,8 +129,7 @@ class BatchCriterion:
         Args:
             output: The model's output on the batch.
             batch: The batch.
-            forward: The model's output on any batch; without it, a part's output is cut from
-                ``output``.
+            forward: The model's output on any batch, for outputs that cannot be cut.
 
         Raises:
             ValueError: If the two differ.
@@ -162,7 +161,8 @@ class BatchCriterion:
         """Totals of two uneven parts of a batch, shape [2]; shape [0] if it cannot be cut."""
         length, totals = batch_length(batch), []
         none = torch.zeros(0)
-        if length < 2 or not _can_be_cut(batch if forward else (batch, output), length):
+        whole = not _can_be_cut(output, length)
+        if length < 2 or not _can_be_cut(batch, length) or (whole and forward is None):
             return none
         first = 2 if length > 3 else 1  # two, because some criteria squeeze a single sample away
         try:
@@ -170,7 +170,7 @@ class BatchCriterion:
                 warnings.simplefilter("ignore")
                 for rows in (slice(0, first), slice(first, length)):
                     part = _cut(batch, rows, length)
-                    out = forward(part) if forward else _cut(output, rows, length)
+                    out = forward(part) if whole and forward else _cut(output, rows, length)
                     totals.append(self.total(out, part))
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError):
             return none  # the criterion or the model takes only whole batches
@@ -194,10 +194,10 @@ def stand_in_output(output: Any, batch: Batch, other: Batch) -> Any:
     A criterion can be checked on every batch's targets with them, without running the model.
     """
     length = batch_length(batch)
-    if not _can_be_cut((batch, output), length) or _shapes(batch) != _shapes(other):
+    if not (_can_be_cut(batch, length) and _can_be_cut(output, length)):
         return None
-    if not isinstance(output, Tensor) and type(output) not in (tuple, list, dict):
-        return None  # a cut would lose the class
+    if _shapes(batch) != _shapes(other):
+        return None
     rows = torch.arange(batch_length(other)) % length
     return _cut(output, rows, length)
 
@@ -208,7 +208,7 @@ def _target(batch: Batch) -> Any:
 
 def _agree(total: Tensor, parts: Tensor) -> bool:
     """Whether parts add up to a total, within the rounding of their type, or cannot be told."""
-    slack = 1e-4 if torch.finfo(total.dtype).bits >= 32 else 2e-2
+    slack = {torch.float64: 1e-8, torch.float32: 1e-4}.get(total.dtype, 2e-2)
     sizes = float(parts.double().abs().sum())
     difference = abs(float(total) - float(parts.double().sum()))
     return not difference > slack * max(sizes, abs(float(total)))  # also true for NaN
@@ -220,7 +220,10 @@ def _cut(value: Any, rows: slice | Tensor, length: int) -> Any:
 
 def _can_be_cut(value: Any, length: int) -> bool:
     """Whether every tensor has the samples in front, so that rows of it are a part."""
-    return all(t.ndim > 0 and len(t) == length for t in _tensors(value))
+    if isinstance(value, Mapping) and hasattr(value, "to_tuple"):
+        return False  # a ModelOutput: a cut would lose the class and its attributes
+    found = _tensors(value)
+    return bool(found) and all(t.ndim > 0 and len(t) == length for t in found)
 
 
 def _shapes(batch: Batch) -> list[torch.Size]:
