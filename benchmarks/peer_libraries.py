@@ -25,6 +25,7 @@ from hessian import (
 
 K, GOAL = 10, 1e-3
 Product = Callable[[Tensor], Tensor]
+"""Maps v of shape [d] to H v; ours map [d, k], too."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,19 @@ def ours_anew(problem: Problem, batch_size: int, budget: int) -> Product:
     return hessian_operator(objective(problem, batch_size), memory_budget=0).__matmul__
 
 
-def ours_gauss_newton(problem: Problem, batch_size: int, budget: int) -> Product:
-    """Build our generalised Gauss-Newton matrix."""
-    return gauss_newton_operator(objective(problem, batch_size)).__matmul__
+def ours_forward(problem: Problem, batch_size: int, budget: int) -> Product:
+    """Build ours by forward over reverse, which keeps nothing either."""
+    return hessian_operator(objective(problem, batch_size), method="forward").__matmul__
+
+
+def gauss_newton_kept(problem: Problem, batch_size: int, budget: int) -> Product:
+    """Build our generalised Gauss-Newton matrix with its graphs kept."""
+    return gauss_newton_operator(objective(problem, batch_size), memory_budget=budget).__matmul__
+
+
+def gauss_newton_anew(problem: Problem, batch_size: int, budget: int) -> Product:
+    """Build our generalised Gauss-Newton matrix with nothing kept."""
+    return gauss_newton_operator(objective(problem, batch_size), memory_budget=0).__matmul__
 
 
 def plain(problem: Problem, batch_size: int, budget: int) -> Product:
@@ -69,7 +80,10 @@ def pyhessian_loader(problem: Problem, batch_size: int, budget: int) -> Product:
     import pyhessian
 
     peer: Any = pyhessian.hessian(
-        problem.model, problem.criterion, dataloader=problem.batches(batch_size), cuda=_cuda()
+        problem.model,
+        problem.criterion,
+        dataloader=problem.batches(batch_size),
+        cuda=problem.inputs.is_cuda,
     )
     return lambda v: _flat(peer.dataloader_hv_product(problem.split(v))[1])
 
@@ -80,7 +94,9 @@ def pyhessian_kept(problem: Problem, batch_size: int, budget: int) -> Product:
     from pyhessian.utils import hessian_vector_product
 
     data = problem.inputs, problem.labels
-    peer: Any = pyhessian.hessian(problem.model, problem.criterion, data=data, cuda=_cuda())
+    peer: Any = pyhessian.hessian(
+        problem.model, problem.criterion, data=data, cuda=problem.inputs.is_cuda
+    )
 
     def product(v: Tensor) -> Tensor:
         problem.model.zero_grad()
@@ -128,21 +144,32 @@ def _through_scipy(problem: Problem, batch_size: int, kind: Any) -> Product:
 LIBRARIES = {
     "kept": Library("flatvalley, graph kept", ours_kept),
     "anew": Library("flatvalley, computed anew", ours_anew),
+    "forward": Library("flatvalley, forward over reverse", ours_forward),
     "pyhessian-kept": Library("PyHessian, all data one batch", pyhessian_kept, one_batch=True),
     "pyhessian": Library("PyHessian, batches", pyhessian_loader),
     "eigenthings": Library("hessian-eigenthings", eigenthings),
     "curvlinops": Library("curvlinops", curvlinops),
     "plain": Library("plain reverse over reverse", plain),
-    "gauss-newton": Library("flatvalley, Gauss-Newton", ours_gauss_newton),
+    "gauss-newton": Library("flatvalley, Gauss-Newton kept", gauss_newton_kept),
+    "gauss-newton-anew": Library("flatvalley, Gauss-Newton anew", gauss_newton_anew),
     "curvlinops-ggn": Library("curvlinops, Gauss-Newton", curvlinops_gauss_newton),
 }
 
 
-def lanczos(product: Product, problem: Problem, seed: int) -> Tensor:
+def start(problem: Problem, seed: int) -> Tensor:
+    """Return the starting vector of all Lanczos methods: as hessian-eigenthings draws it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(problem.size, generator=generator).to(problem.inputs.device)
+
+
+def lanczos(product: Product, problem: Problem, seed: int, *, multiple: bool) -> Tensor:
     """Run ours: the products that measure the residuals are in its count."""
-    first = problem.parameters[0]
-    H = Operator(product, problem.size, first.dtype, first.device)
-    return leading_eigenspace(H, k=K, tol=GOAL, seed=seed, max_products=2000).vectors
+    device = problem.inputs.device
+    H = Operator(product, problem.size, torch.float32, device, columns=product)
+    first = start(problem, seed)
+    return leading_eigenspace(
+        H, k=K, tol=GOAL, start=first, seed=seed, max_products=2000, multiple=multiple
+    ).vectors
 
 
 def pyhessian_power(product: Product, problem: Problem, seed: int, *, tol: float) -> Tensor:
@@ -184,9 +211,9 @@ def arpack(
         return product(torch.from_numpy(x.reshape(-1)).to(device)).cpu().numpy()
 
     operator = LinearOperator((n, n), matvec=matvec, dtype=np.float32)
-    start = np.random.default_rng(seed).standard_normal(n).astype(np.float32)
+    first = start(problem, seed).cpu().numpy()
     try:
-        vectors = eigsh(operator, k=K, which="LM", tol=tol, ncv=basis, v0=start)[1]
+        vectors = eigsh(operator, k=K, which="LM", tol=tol, ncv=basis, v0=first)[1]
     except ArpackNoConvergence as error:
         vectors = error.eigenvectors
     return torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
@@ -195,7 +222,9 @@ def arpack(
 Solver = Callable[..., Tensor]
 
 SOLVERS: dict[str, tuple[Solver, list[dict[str, Any]]]] = {
-    "lanczos": (lanczos, [{}]),
+    # No peer looks for copies of multiple eigenvalues, which is our default.
+    "lanczos": (lanczos, [{"multiple": False}]),
+    "lanczos-copies": (lanczos, [{"multiple": True}]),
     "pyhessian": (
         pyhessian_power,
         # Its default is 1e-3.
@@ -214,14 +243,18 @@ SOLVERS: dict[str, tuple[Solver, list[dict[str, Any]]]] = {
 
 @contextlib.contextmanager
 def counted(product: Product) -> Iterator[tuple[Product, dict[str, Any]]]:
-    """Yield a product that counts its calls and the CPU seconds in them, and the counts."""
-    spent: dict[str, Any] = {"products": 0, "seconds": 0.0}
+    """Yield a product that counts what it does, and the counts.
+
+    They are the products, those of them that came as columns of matrices, and CPU seconds.
+    """
+    spent: dict[str, Any] = {"products": 0, "in_columns": 0, "seconds": 0.0}
 
     def wrapped(v: Tensor) -> Tensor:
         began = time.process_time()
         out = product(v)
         spent["seconds"] += time.process_time() - began
-        spent["products"] += 1
+        spent["products"] += v.shape[1] if v.ndim == 2 else 1
+        spent["in_columns"] += v.shape[1] if v.ndim == 2 else 0
         return out
 
     yield wrapped, spent
@@ -229,7 +262,3 @@ def counted(product: Product) -> Iterator[tuple[Product, dict[str, Any]]]:
 
 def _flat(parts: Any) -> Tensor:
     return torch.cat([part.detach().reshape(-1) for part in parts])
-
-
-def _cuda() -> bool:
-    return False

@@ -168,7 +168,7 @@ def plain_gradient(problem: Problem, batch_size: int) -> Callable[[], None]:
 
 def plain_columns(problem: Problem, V: Tensor, batch_size: int) -> Tensor:
     """Return H V for V of shape [d, k] by double backward, in plain torch and nobody's library."""
-    out = torch.zeros(V.shape, dtype=torch.float64)
+    out = torch.zeros_like(V, dtype=torch.float64)
     for x, y in problem.batches(batch_size):
         loss = problem.criterion(problem.model(x), y)
         gradient = torch.autograd.grad(loss, problem.parameters, create_graph=True)
