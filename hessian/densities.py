@@ -52,7 +52,8 @@ class SpectralDensity:
         quadrature is below the error over the probes.
         """
         low, high = self._bulk
-        return max((high - low) / self.num_steps, 1e-3 * max(abs(low), abs(high))) or 1.0
+        # No finer than what products in float32 tell apart.
+        return max((high - low) / self.num_steps, 1e-6 * float(self.nodes.abs().max())) or 1.0
 
     def on(
         self, grid: Float[Tensor, " g"] | None = None, sigma: float | None = None
@@ -117,10 +118,11 @@ class SpectralDensity:
 
     def _default_grid(self, sigma: float) -> Tensor:
         low, high = self._bulk
-        points = min(max(400, math.ceil(4 * (high - low + 10 * sigma) / sigma)), 100_000)
-        parts = [torch.linspace(low - 5 * sigma, high + 5 * sigma, points, dtype=torch.float64)]
+        reach = 7 * sigma  # nothing is left of a Gaussian there, also beside a much wider gap
+        points = min(max(400, math.ceil(4 * (high - low + 2 * reach) / sigma)), 100_000)
+        parts = [torch.linspace(low - reach, high + reach, points, dtype=torch.float64)]
         parts += [
-            torch.linspace(x - 5 * sigma, x + 5 * sigma, 41, dtype=torch.float64)
+            torch.linspace(x - reach, x + reach, 57, dtype=torch.float64)
             for x in self.outliers.tolist()
         ]
         return torch.cat(parts).sort().values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hessian.errors import ConvergenceWarning
-from hessian.functions import response_on
+from hessian.functions import FEWEST, response_on
 from hessian.lanczos import KrylovBasis, Response
 from hessian.operators import Operator
 from hessian.progress import ProgressOption, report_progress
@@ -46,8 +46,8 @@ def function_trace(
 
     Returns:
         The estimate; ``samples`` has one entry a probe. ``converged`` says whether the error of
-        the quadratures is at most the spread over probes; if not, a ``ConvergenceWarning`` names
-        both.
+        the quadratures is at most the spread over probes, after ten steps or more; if not, a
+        ``ConvergenceWarning`` names both.
 
     Raises:
         ValueError: If there are fewer than two probes or no step, f is not finite on the spectrum,
@@ -144,6 +144,7 @@ def _function_trace(
         captured, coupling = _pairs(f, eigenspace)
     samples = torch.full((num_probes,), captured, dtype=torch.float64)
     short_of = torch.zeros(num_probes, dtype=torch.float64)
+    exhausted = True
     with report_progress(progress, f"trace of {name}") as update:
         runs = lanczos_runs(
             operator,
@@ -157,16 +158,18 @@ def _function_trace(
             value, error = _quadrature(f, basis)
             samples[i] += rest * value
             short_of[i] = rest * error
+            exhausted &= basis.exhausted
             products += len(basis)
     spread = float(samples.std()) / math.sqrt(num_probes)
     # The quadratures err together, whatever the number of probes.
     bias = float(short_of.mean()) + coupling
     value = float(samples.mean())
-    converged = bias <= max(spread, 1e-10 * abs(value))
+    converged = bias <= max(spread, 1e-10 * abs(value)) and (exhausted or num_steps >= FEWEST)
     if not converged:
         warnings.warn(
-            f"The trace of {name} has an estimated error of {bias:.2e} from its quadratures, more "
-            f"than the {spread:.2e} from its probes. Raise `num_steps`, choose a smoother f"
+            f"The trace of {name} has an estimated error of {bias:.2e} from its quadratures and "
+            f"{spread:.2e} from its probes after {num_steps} steps. Raise `num_steps`, which "
+            f"should be {FEWEST} at least, choose a smoother f"
             + (", or converge the eigenspace further." if coupling > bias / 2 else "."),
             ConvergenceWarning,
             stacklevel=3,
@@ -186,7 +189,8 @@ def _quadrature(f: Response, basis: KrylovBasis) -> tuple[float, float]:
         return values[0], 0.0
     moved, before = (abs(late - early) for late, early in pairwise(values))
     to_go = moved * moved / (before - moved) if moved < before else math.inf
-    return values[0], max(moved, min(to_go, before + moved))
+    # Twice, as for f(A) b: an estimate, no bound.
+    return values[0], 2.0 * max(moved, min(to_go, before + moved))
 
 
 def _pairs(f: Response, space: Eigenspace) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hessian.blocks import block_operator, layer_slices
 from hessian.eigensolvers import leading_eigenspace
 from hessian.objective import Objective
 from hessian.operators import Operator
@@ -105,9 +106,10 @@ def layer_table(
 ) -> LayerTable:
     """Measure the trace and the leading eigenvalues of the Hessian's block for every layer.
 
-    A layer is a module with weights of its own. One set of probes serves the traces of all
-    layers: for random signs v, E v_lᵀ (H v)_l = tr H_ll, since signs of different layers are
-    independent. The part of H v that comes from other layers adds ‖H_l,rest‖²_F to the variance.
+    A layer is a module with weights of its own, as ``layer_slices`` cuts them. One set of probes
+    serves the traces of all layers: for random signs v, E v_lᵀ (H v)_l = tr H_ll, since signs of
+    different layers are independent. The part of H v that comes from other layers adds
+    ‖H_l,rest‖²_F to the variance.
     Eigenvalues are those of the block, as if all other layers were frozen; the largest of them
     is at most the largest of the Hessian.
 
@@ -149,14 +151,21 @@ def layer_table(
         )
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
+    if not tol > 0:
+        raise ValueError(f"`tol` must be positive, got {tol}.")
+    if max_products < 2 * k:
+        raise ValueError(
+            f"`max_products` must be at least {2 * k}, to span and measure `k`={k} pairs, got "
+            f"{max_products}."
+        )
     H = hessian_operator(objective, w, memory_budget=memory_budget)
-    layers = _layer_slices(objective)
+    layers = layer_slices(objective)
     with report_progress(progress, "layers") as update:
         A = CountedProducts(H, update, num_probes + TYPICAL_PRODUCTS * len(layers))
         samples = _trace_samples(A, SignProbes(H, seed), list(layers.values()), num_probes)
-        spaces = {}
+        spaces, counted = {}, _through(A)
         for done, (name, part) in enumerate(layers.items(), start=1):
-            block = _block(A, part)
+            block = block_operator(counted, part)
             spaces[name] = leading_eigenspace(
                 block, k=min(k, block.size), tol=tol, max_products=max_products, seed=seed
             )
@@ -200,31 +209,12 @@ def _trace_samples(
     return torch.cat(columns, dim=1)
 
 
-def _block(A: CountedProducts, part: slice) -> Operator:
-    """The diagonal block of the rows in ``part``: products with vectors that vanish elsewhere."""
+def _through(A: CountedProducts) -> Operator:
+    """Return A as an operator whose products are counted and reported."""
     H = A.operator
 
-    def columns(X: Tensor) -> Tensor:
-        whole = X.new_zeros((H.size, X.shape[1]))
-        whole[part] = X
-        return (A @ whole)[part]
+    def product(v: Tensor) -> Tensor:
+        return (A @ v[:, None])[:, 0] if v.ndim == 1 else A @ v
 
-    return Operator(
-        lambda v: columns(v[:, None])[:, 0],
-        part.stop - part.start,
-        H.dtype,
-        H.device,
-        columns=None if H.columns is None else columns,
-    )
-
-
-def _layer_slices(objective: Objective) -> dict[str, slice]:
-    """Where the weights of every module lie in w, by the module's name."""
-    slices: dict[str, slice] = {}
-    start = 0
-    for name, shape in objective.shapes.items():
-        layer = name.rpartition(".")[0] or "(root)"
-        before = slices.get(layer, slice(start, start))
-        slices[layer] = slice(before.start, start + shape.numel())
-        start += shape.numel()
-    return slices
+    by_columns = None if H.columns is None else product
+    return Operator(product, H.size, H.dtype, H.device, by_columns, H.method)
