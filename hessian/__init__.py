@@ -2,9 +2,15 @@
 
 from hessian.densities import SpectralCurve, SpectralDensity, spectral_density
 from hessian.diagonals import DiagonalEstimate, diagonal
-from hessian.eigensolvers import leading_eigenspace
 from hessian.distributed import RowShards
-from hessian.errors import ConvergenceWarning, NonDeterministicError, NonFiniteError, RankError
+from hessian.eigensolvers import leading_eigenspace
+from hessian.errors import (
+    ConvergenceWarning,
+    NonDeterministicError,
+    NonFiniteError,
+    RankError,
+    SecondDerivativeError,
+)
 from hessian.function_traces import function_trace, logdet
 from hessian.functions import FunctionProduct, apply_function
 from hessian.gauss_newton import gauss_newton_operator
@@ -14,6 +20,7 @@ from hessian.operators import Operator
 from hessian.products import hessian_operator
 from hessian.subspace import Eigenspace
 from hessian.traces import TraceEstimate, trace
+from hessian.unsharded import unsharded
 
 __all__ = [
     "ConvergenceWarning",
@@ -29,6 +36,7 @@ __all__ = [
     "Operator",
     "RankError",
     "RowShards",
+    "SecondDerivativeError",
     "SpectralCurve",
     "SpectralDensity",
     "TraceEstimate",
@@ -42,4 +50,5 @@ __all__ = [
     "logdet",
     "spectral_density",
     "trace",
+    "unsharded",
 ]

@@ -69,7 +69,8 @@ class Objective:
     Args:
         model: Any module. Dropout must be off and batch norm in evaluation mode. The wrappers
             ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile`` are taken off: names
-            and products are those of the module inside.
+            and products are those of the module inside. A model that ``fully_shard`` has sharded
+            is passed as ``unsharded(model)``.
         criterion: Called as ``criterion(output, target)``, or ``criterion(output, batch)`` for
             mapping batches. Returns the mean over the batch, the sum (``reduction="sum"``), or
             one loss per sample. With a mean or a sum over samples, L is the same.
@@ -227,6 +228,14 @@ class Objective:
         """Return the weighted sum of one batch's losses, from the model's output on it."""
         return self._criterion.total(output, batch)
 
+    def sample_losses_from_output(self, output: Any, batch: Batch) -> Float[Tensor, " n"]:
+        """Return every sample's part of ``total_from_output``; differentiable.
+
+        Raises:
+            ValueError: If the criterion cannot be taken apart by sample.
+        """
+        return self._criterion.samples(output, batch)
+
     def regularization(self, w: Float[Tensor, " d"]) -> Float[Tensor, ""]:
         """Return the regulariser at weights w, zero if there is none; differentiable in w."""
         if self._regularizer is None:
@@ -322,7 +331,7 @@ class Objective:
         with self.ranks.in_step(w), torch.no_grad():
             self._begin(w)
             parts = [
-                self._criterion.samples(self.output(w, batch), batch).to(torch.float64)
+                self.sample_losses_from_output(self.output(w, batch), batch).to(torch.float64)
                 for batch in self.batches()
             ]
             totals = self._in_place([part.sum() for part in parts])

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hessian.unsharded import is_sharded
+
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 """Glob patterns of names, a predicate of (name, parameter), or None for all that train."""
 
@@ -15,8 +17,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Its parameters are the same ones, under the names that they had before. The wrappers themselves
     cannot be used: their forward passes communicate, or have no second derivative.
+
+    Raises:
+        ValueError: If the model is a ``FullyShardedDataParallel``.
     """
     while True:
+        if type(model).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "`model` must be an ordinary module, got FullyShardedDataParallel, which hides its "
+                "parameters. Load its full state dict into a plain model, or shard with "
+                "`fully_shard` and pass `unsharded(model)`."
+            )
         if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
             continue
@@ -30,8 +41,8 @@ def select_parameters(model: nn.Module, selection: Selection) -> dict[str, nn.Pa
     """Return the selected parameters by name, in the model's order, tied ones once.
 
     Raises:
-        ValueError: If none is selected, a pattern matches nothing, or they do not share one real
-            floating-point type and one device.
+        ValueError: If none is selected, a pattern matches nothing, one is sharded over ranks, or
+            they do not share one real floating-point type and one device.
     """
     named = dict(model.named_parameters())
     if selection is None:
@@ -47,6 +58,11 @@ def select_parameters(model: nn.Module, selection: Selection) -> dict[str, nn.Pa
             + (" (all are frozen; call `requires_grad_()`)." if named and not selection else ".")
         )
     for name, p in chosen.items():
+        if is_sharded(p):
+            raise ValueError(
+                f"`model` must hold whole parameters, but `{name}` is sharded over ranks, and its "
+                "gradient has no derivative. Pass a whole copy: `unsharded(model)`."
+            )
         if not p.is_floating_point():
             raise ValueError(f"`parameters` must be real floating-point, `{name}` is {p.dtype}.")
     kinds = {(p.dtype, p.device) for p in chosen.values()}

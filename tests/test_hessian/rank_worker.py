@@ -19,7 +19,15 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from hessian import Objective, RowShards, hessian_operator, leading_eigenspace, trace
+from hessian import (
+    Objective,
+    RowShards,
+    gauss_newton_operator,
+    hessian_operator,
+    leading_eigenspace,
+    trace,
+    unsharded,
+)
 from hessian.lanczos import KrylovBasis
 from tests.cases import Tagger, cases, digits_network, seeded
 
@@ -73,6 +81,7 @@ def measured(objective: Objective, *, shards: RowShards | None = None) -> dict[s
         "gradient": objective.gradient(w),
         "product": objective.hessian_product(w, v),
         "operator": H @ v,
+        "Gauss-Newton": gauss_newton_operator(objective) @ v,
         "columns": hessian_operator(objective, memory_budget=0) @ both,
         "eigenvalues": torch.as_tensor(pairs.values).clone(),
         "trace": torch.tensor(trace(H, num_probes=2).value, dtype=torch.float64),
@@ -133,6 +142,54 @@ def wrapped(group: Group) -> dict[str, Tensor]:
     objective = Objective(model, case.criterion, case.batches([5, 4, 3]), group=group)
     assert list(objective.shapes) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     return with_samples(objective)
+
+
+class TwoUses(nn.Module):
+    """A layer used twice, odd sizes, a frozen parameter, a buffer, and a hook of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, twice = nn.Linear(4, 5), nn.Linear(5, 5)
+        self.head = nn.Sequential(twice, nn.Tanh(), twice, nn.Tanh(), nn.Linear(5, 3))
+        self.head[4].bias.requires_grad_(False)
+        self.register_buffer("scale", torch.full((5,), 1.5))
+        twice.register_forward_hook(lambda module, args, output: 0.5 * output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).tanh() * self.scale)
+
+
+def fully_sharded(group: Group) -> dict[str, Tensor]:
+    """A model under FSDP2: refused as it is, taken as a whole copy, and left as it was."""
+    model, (X, y) = seeded(TwoUses), cases()["tanh MLP"].data
+    data = cut((X, y), [5, 4, 3])
+    if group is None:
+        return with_samples(Objective(model, nn.CrossEntropyLoss(), data))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (model.encoder, model.head, model):
+        fully_shard(module, mesh=mesh)
+    before = F.cross_entropy(model(X), y)
+    before.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    try:
+        Objective(model, nn.CrossEntropyLoss(), data, group=group)
+    except ValueError as error:
+        assert "is sharded over ranks" in str(error)
+        assert "`unsharded(model)`" in str(error)
+    else:
+        raise AssertionError("a sharded model was taken")
+    plain = unsharded(model)
+    assert type(plain) is TwoUses
+    assert plain.head[0] is plain.head[2]
+    out = with_samples(Objective(plain, nn.CrossEntropyLoss(), data, group=group))
+    assert torch.equal(F.cross_entropy(model(X), y).detach(), before.detach())
+    for name, p in model.named_parameters():
+        assert hasattr(p, "full_tensor")
+        assert p.grad is gradients[name]
+    return out
 
 
 def given(group: Group) -> dict[str, Tensor]:
@@ -281,6 +338,7 @@ SCENARIOS: dict[str, Callable[[Group], dict[str, Tensor]]] = {
     "counted and regularised": counted_and_regularized,
     "wrapped": wrapped,
     "given": given,
+    "fully sharded": fully_sharded,
     "sharded": sharded,
     "rows": rows,
     "few batches": few_batches,

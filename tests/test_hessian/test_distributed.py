@@ -19,6 +19,7 @@ SAME_ON_TWO = [
     "counted and regularised",
     "wrapped",
     "given",
+    "fully sharded",
     "sharded",
     "rows",
 ]
