@@ -1,5 +1,6 @@
 """The training loss as a function of one flat vector, and the curvature there."""
 
+from hessian.blocks import block_diagonal_operator, block_operator, layer_slices
 from hessian.densities import SpectralCurve, SpectralDensity, spectral_density
 from hessian.diagonals import DiagonalEstimate, diagonal
 from hessian.distributed import RowShards
@@ -11,6 +12,7 @@ from hessian.errors import (
     RankError,
     SecondDerivativeError,
 )
+from hessian.fisher import fisher_operator
 from hessian.function_traces import function_trace, logdet
 from hessian.functions import FunctionProduct, apply_function
 from hessian.gauss_newton import gauss_newton_operator
@@ -18,12 +20,14 @@ from hessian.layers import LayerRow, LayerTable, layer_table
 from hessian.objective import LossStatistics, Objective
 from hessian.operators import Operator
 from hessian.products import hessian_operator
+from hessian.storage import DamagedFileError, load_eigenspace, save, to_pandas
 from hessian.subspace import Eigenspace
 from hessian.traces import TraceEstimate, trace
 from hessian.unsharded import unsharded
 
 __all__ = [
     "ConvergenceWarning",
+    "DamagedFileError",
     "DiagonalEstimate",
     "Eigenspace",
     "FunctionProduct",
@@ -41,14 +45,21 @@ __all__ = [
     "SpectralDensity",
     "TraceEstimate",
     "apply_function",
+    "block_diagonal_operator",
+    "block_operator",
     "diagonal",
+    "fisher_operator",
     "function_trace",
     "gauss_newton_operator",
     "hessian_operator",
+    "layer_slices",
     "layer_table",
     "leading_eigenspace",
+    "load_eigenspace",
     "logdet",
+    "save",
     "spectral_density",
+    "to_pandas",
     "trace",
     "unsharded",
 ]

@@ -208,6 +208,7 @@ def _target(batch: Batch) -> Any:
 
 def _agree(total: Tensor, parts: Tensor) -> bool:
     """Whether parts add up to a total, within the rounding of their type, or cannot be told."""
+    total, parts = total.detach(), parts.detach()
     slack = {torch.float64: 1e-8, torch.float32: 1e-4}.get(total.dtype, 2e-2)
     sizes = float(parts.double().abs().sum())
     difference = abs(float(total) - float(parts.double().sum()))

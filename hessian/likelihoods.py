@@ -80,6 +80,11 @@ def target_of(batch: Batch) -> Any:
     return batch[-1] if isinstance(batch, tuple | list) else None
 
 
+def with_target(batch: Batch, target: Tensor) -> Batch:
+    """Return a tuple batch with other labels."""
+    return (*list(batch)[:-1], target)
+
+
 class _Categorical(Likelihood):
     """Cross-entropy of logits z of shape [n, classes, ...] with class indices."""
 
