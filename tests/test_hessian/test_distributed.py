@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -160,3 +161,26 @@ def test_nccl_gives_what_one_process_gives(name, tmp_path):
     found = run_ranks([name], min(torch.cuda.device_count(), 2), tmp_path, "nccl")[name]
     for part in found:
         assert_same(part, SCENARIOS[name](None), 1e-12)
+
+
+def test_the_script_of_the_guide_prints_the_same_on_one_and_on_two_ranks(tmp_path):
+    page = (ROOT / "docs/how-to/use_several_gpus.md").read_text()
+    script = tmp_path / "spectrum.py"
+    script.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    printed = [
+        subprocess.run(
+            [sys.executable, *launcher, str(script)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        for launcher in [
+            [],
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ]
+    ]
+    assert printed[1].returncode == 0, printed[1].stderr
+    assert printed[0].stdout == printed[1].stdout
+    assert "500 samples" in printed[0].stdout
