@@ -57,6 +57,8 @@ class Run:
                 f"`out` must be a folder that can be written, got {path} "
                 f"({error.strerror}). Choose another."
             ) from error
+        self.resumed = (path / "run.json").exists()
+        """Whether the folder held this run already."""
         self.record = self._open(study)
 
     def _open(self, study: str) -> dict[str, Any]:
@@ -97,11 +99,6 @@ class Run:
             )
         return dict(record)
 
-    @property
-    def resumed(self) -> bool:
-        """Whether the folder held part of this run already."""
-        return (self.path / "cells").exists()
-
     def has(self, name: str) -> bool:
         """Whether a file of this name is in the folder."""
         return (self.path / name).exists()
@@ -140,7 +137,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors and JSON metadata to one safetensors file, whole or not at all."""
     data = dump_tensors(
         {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-        {key: json.dumps(_plain(value)) for key, value in metadata.items()},
+        {key: json.dumps(plain(value)) for key, value in metadata.items()},
     )
     return write_atomically(path, data)
 
@@ -181,17 +178,17 @@ def write_atomically(path: Path, data: bytes) -> Path:
 
 
 def _to_json(value: Any) -> str:
-    return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: they become null and a word."""
+def plain(value: Any) -> Any:
+    """Return a value as strict JSON knows it: NaN becomes null, infinity a word."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return value
 
 
