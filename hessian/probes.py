@@ -40,10 +40,13 @@ class CountedProducts:
         operator: Symmetric matrix A, shape [n, n].
         update: Told about every chunk; see ``report_progress``.
         expected: Products in all, as far as is known.
+        spent: Products made before, by another operator.
     """
 
-    def __init__(self, operator: Operator, update: Update, expected: int) -> None:
-        self.operator, self.spent = operator, 0
+    def __init__(
+        self, operator: Operator, update: Update, expected: int, *, spent: int = 0
+    ) -> None:
+        self.operator, self.spent = operator, spent
         self._update = update
         self.expect(expected)
 
