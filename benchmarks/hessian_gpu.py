@@ -37,7 +37,7 @@ from peer_problems import (
     plain_gradient,
     prepare,
 )
-from timing import RESULTS, report
+from timing import RESULTS, report, say
 
 from flatvalley.models import resnet50
 from flatvalley.run import write_atomically
@@ -136,6 +136,7 @@ def products(
     record: Record = {"gradient": {"title": "one gradient", "batch": gradient_batch}}
     for key, library in GPU_LIBRARIES.items():
         times: dict[int, float] = {}
+        say(f"{problem.name}: {library.title}")
         try:
             for size in (samples,) if library.one_batch else sizes:
                 trial = library.build(problem, size, budget)
@@ -173,20 +174,25 @@ def eigenpairs(
     problem: Problem,
     built: dict[str, Product],
     device: Device,
-    seeds: tuple[int, ...],
-    keys: tuple[str, ...],
+    *,
+    tiny: bool,
 ) -> Record:
     """Ten pairs by every solver on its own products, in full; residuals in plain torch."""
     remembered = RememberedProducts(built["anew"], problem.size, device.name)
     rows: Record = {}
     settings: dict[tuple[str, int], Record] = {}
-    for seed in seeds:
-        for key, row in ((key, ROWS[key]) for key in keys):
+    for seed in SEEDS[:1] if tiny else SEEDS:
+        for key, row in ROWS.items():
+            if tiny and key not in TINY_ROWS:
+                continue
+            if tiny:  # without the search for the best setting
+                settings[row.solver, seed] = SOLVERS[row.solver][1][0]
             # The compiled product is the better one of curvlinops, where there is one.
             compiled = key == "curvlinops" and "curvlinops-compiled" in built
             library = "curvlinops-compiled" if compiled else row.library
             if library not in built:
                 continue
+            say(f"{problem.name}: pairs, {row.title}, seed {seed}")
             if (row.solver, seed) not in settings:
                 found, _ = loosest_setting(remembered, problem, row.solver, seed)
                 settings[row.solver, seed] = found["setting"]
@@ -337,8 +343,7 @@ def main() -> None:
             problem = load(prepare(name, arguments.trained), device=device.name)
         sizes = (4, 8) if tiny else BATCHES[name]
         timed, built = products(problem, sizes, device, budget, repeats=2 if tiny else 15)
-        seeds, keys = (SEEDS[:1], TINY_ROWS) if tiny else (SEEDS, tuple(ROWS))
-        rows = eigenpairs(problem, built, device, seeds, keys)
+        rows = eigenpairs(problem, built, device, tiny=tiny)
         built.clear()
         lines += [
             f"{setting.title}: d = {problem.size:,}, N = {len(problem.inputs):,}",

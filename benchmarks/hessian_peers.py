@@ -44,7 +44,7 @@ from peer_counts import RememberedProducts, loosest_setting, orthonormal, raylei
 from peer_libraries import GOAL, LIBRARIES, SOLVERS, K, counted
 from peer_problems import SETTINGS, floors, load, plain_columns, plain_gradient, prepare
 from threadpoolctl import threadpool_limits
-from timing import RESULTS, report
+from timing import RESULTS, report, say
 
 from flatvalley.run import read_tensors, write_atomically, write_tensors
 
@@ -151,7 +151,7 @@ def count(task: Record) -> Record:
                 _vectors_file(folder, problem.name, "count", solver, seed), {"V": vectors}, {}
             )
             _keep(cell, record)
-            _say(f"{problem.name} {solver} seed {seed}: {record}, {len(remembered)} real products")
+            say(f"{problem.name} {solver} seed {seed}: {record}, {len(remembered)} real products")
     return {"real_products": len(remembered)}
 
 
@@ -207,7 +207,7 @@ class Plan:
         """Return the record of a task, from its file or from a process that does it now."""
         path = self.out / f"{name}.json"
         if not path.exists():
-            _say(name)
+            say(name)
             threads = self.threads if task["do"] in UNTIMED else 1
             _keep(path, _in_a_process({**task, "budget": self.budget}, threads))
         return dict(json.loads(path.read_text()))
@@ -539,11 +539,6 @@ def _peak() -> int:
 
 def _keep(path: Path, record: Record) -> None:
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stderr.flush()
 
 
 def _in_a_process(task: Record, threads: int) -> Record:
