@@ -132,9 +132,12 @@ class Checkpoint:
                 basis.rows.append(row)
         tensors = self._read(record["state"])
         basis.restore_projection(tensors["T"].numpy())
+        # Copies, because vectors inside of a file's bytes lie at any address.
         found = [
             Remainder(
-                tensors[f"vector{i}"].to(basis.rows.device), tensors[f"couplings{i}"].numpy(), norm
+                tensors[f"vector{i}"].clone().to(basis.rows.device),
+                tensors[f"couplings{i}"].numpy().copy(),
+                norm,
             )
             for i, norm in enumerate(about["norms"])
         ]

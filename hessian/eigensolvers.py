@@ -57,7 +57,7 @@ def leading_eigenspace(
         k: Number of pairs, 1 ≤ k ≤ n.
         tol: Stop once ‖A v − λ v‖₂ ≤ tol · max |λ| for all pairs.
         max_products: Budget of products with A.
-        max_basis: Most basis vectors of length n that are held, at least k + 3 (or n). When they
+        max_basis: Most basis vectors of length n that are held, at least k + 6 (or n). When they
             are used up the basis is compressed to Ritz vectors, which keeps the answer and costs
             products. Default: as many as 256 MiB hold, and no fewer than max(2 k + 20, 100);
             fewer only if memory is short. Beside them come k vectors for the result (twice as

@@ -12,7 +12,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from hessian.operators import Operator
-from hessian.vector_rows import VectorRows, dot
+from hessian.vector_rows import VectorRows, aligned, dot
 
 Array = npt.NDArray[np.float64]
 
@@ -152,12 +152,13 @@ class KrylovBasis:
 
     def compress(self, coefficients: Array) -> None:
         """Replace the basis by Ritz vectors, the columns of C = ``ritz()[1][:, some]``."""
-        values = np.einsum("ip,ij,jp->p", coefficients, self.T, coefficients)
+        C = aligned(coefficients)
+        values = (C * (aligned(self.T) @ C)).sum(dim=0).numpy()
         self.rows.rotate_(coefficients)
         p = len(values)
         self._T[:p, :p] = np.diag(values)
         for remainder in (*self.abandoned, *([self.current] if self.current else [])):
-            remainder.couplings = coefficients.T @ remainder.couplings
+            remainder.couplings = (C.T @ aligned(remainder.couplings)).numpy()
         whole = np.eye(p)
         self.abandoned = [r for r in self.abandoned if self._left(r, whole).max() > self.rounding]
         self.tridiagonal = False
@@ -197,7 +198,7 @@ class KrylovBasis:
         if self.tridiagonal:
             values, vectors = eigh_tridiagonal(np.diag(T), np.diag(T, 1))
         else:
-            values, vectors = np.linalg.eigh(T)
+            values, vectors = (part.numpy() for part in torch.linalg.eigh(aligned(T)))
         return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
 
     def combine(self, coefficients: Array) -> Tensor:

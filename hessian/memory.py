@@ -13,6 +13,9 @@ WORK_VECTORS = 5
 DEFAULT_SHARE = 0.7
 """Share of the free memory that a default basis may take: the operator needs some, too."""
 
+SPARE = 6
+"""Vectors beyond k without which a restart makes no headway."""
+
 SMALL = 1 << 28
 """Bytes of a basis that is never worth a restart."""
 
@@ -53,7 +56,7 @@ def basis_size(
         ValueError: If fewer vectors are asked for than k pairs need.
         MemoryError: If they do not fit; the message says which number or which k would.
     """
-    fewest = min(size, k + 3)
+    fewest = min(size, k + SPARE)
     if asked is not None and asked < fewest:
         raise ValueError(
             f"`max_basis` must be at least {fewest} for k={k} and n={size}, got {asked}."
@@ -81,7 +84,7 @@ def basis_size(
     if fitting(free) >= fewest:
         cure = f"Pass `max_basis={fitting(free)}` or less"
     else:
-        most = next((j for j in range(k - 1, 0, -1) if needed(min(size, j + 3), j) <= free), 0)
+        most = next((j for j in range(k - 1, 0, -1) if needed(min(size, j + SPARE), j) <= free), 0)
         cure = f"Ask for `k={most}` or less" if most else "Not even one pair fits"
     raise MemoryError(
         f"{wanted} basis vectors and {k} eigenvectors of length {size:,} need "

@@ -51,9 +51,11 @@ class Search:
     def step(self, alpha: float, beta: float) -> None:
         """Take in one product: the new diagonal and off-diagonal entry of T."""
         for i, x in enumerate(self.bounds):
+            if math.isinf(self.sums[i]):
+                continue
             rest = (x - alpha) * self.last[i] - self.last_beta * self.before[i]
             self.before[i], self.last[i] = self.last[i], rest / beta if beta > 0 else math.inf
-            self.sums[i] += self.last[i] ** 2
+            self.sums[i] += self.last[i] * self.last[i]
         self.last_beta = beta
 
     @property

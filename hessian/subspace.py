@@ -38,7 +38,8 @@ class Eigenspace:
     """How the values lead: with ``"both"``, from the largest and the smallest in turn."""
     missed: float = math.nan
     """Bound on the chance that one more eigenvalue belongs here, as another copy of a multiple
-    one or one that the start did not see; over the random directions tried. NaN if not tested."""
+    one or one that the start did not see; over the random directions tried. NaN if not tested, or
+    tested in a basis too small for a bound."""
 
     def project_sharp(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return V Vᵀ x, the part of x in the eigenspace. Costs 4 n k flops."""

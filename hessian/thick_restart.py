@@ -129,7 +129,9 @@ class ThickRestart:
         final = state.products + task.k >= task.max_products
         complete = m == self.operator.size
         full = m + len(basis.abandoned) >= task.max_basis < self.operator.size
-        due = state.search is not None or state.products >= state.next_check
+        due = state.products >= state.next_check
+        if state.search is not None:
+            due |= not state.search.cut_short and state.search.chance <= RISK
         if not (due or final or complete or full or basis.exhausted):
             return None
         values, vectors = basis.ritz()
@@ -159,6 +161,8 @@ class ThickRestart:
                 return space
         if state.search is None:
             basis.follow_largest(C)
+        elif state.search.cut_short:
+            basis.follow_largest(vectors[:, order[: task.k + len(state.search.bounds)]])
         if basis.exhausted:
             basis.restart(self._random())
         if full:
@@ -178,7 +182,7 @@ class ThickRestart:
             rate = math.log(state.last_estimate / estimate) / steps
             left = max(0.0, math.log(estimate / state.goal) / rate) if state.goal > 0 else 0.0
             # Looking costs little beside a product, and a product too many costs one.
-            pause = min(pause, max(1, int(min(left, m) / 2)))
+            pause = min(pause, max(1, int(min(left, m) / 2))) if state.search is None else pause
             total = state.products + left + self.task.k
             state.expected = int(min(math.ceil(total), self.task.max_products))
         state.last_products, state.last_estimate = state.products, estimate

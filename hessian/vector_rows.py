@@ -87,8 +87,15 @@ class VectorRows:
             yield ROWS * i, block[: self._count - ROWS * i]
 
     def _matrix(self, coefficients: npt.NDArray[np.float64]) -> Tensor:
-        C = torch.from_numpy(np.ascontiguousarray(coefficients))
-        return C.to(dtype=self.dtype, device=self.device)
+        return aligned(coefficients).to(dtype=self.dtype, device=self.device)
+
+
+def aligned(x: npt.NDArray[np.float64]) -> Tensor:
+    """Copy an array to where torch's matrix products give the same bits every time.
+
+    Their rounding depends on the alignment of the memory, which NumPy leaves to chance.
+    """
+    return torch.tensor(x, dtype=torch.float64)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
