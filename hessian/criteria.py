@@ -97,7 +97,11 @@ class BatchCriterion:
         length = batch_length(batch)
         if self._unreduced is not None:
             losses = self._rows(self._unreduced(output, _target(batch)), length)
-            if self._count is not None and not _agree(self.total(output, batch), losses):
+            if (
+                self._count is not None
+                and not self._is_sum
+                and not self._means(losses, output, batch)
+            ):
                 raise ValueError(
                     "`count` must be the number of losses that `criterion` means over, for single "
                     "samples' losses to exist: here they do not add up to the mean times `count`."
@@ -143,7 +147,7 @@ class BatchCriterion:
         else:
             what = "parts"
             parts = self._totals_of_parts(output, batch, forward)
-        if not len(parts) or _agree(total, parts):
+        if not len(parts) or not torch.isfinite(total) or _agree(total, parts):
             return
         length = batch_length(batch)
         raise ValueError(
@@ -176,6 +180,11 @@ class BatchCriterion:
             return none  # the criterion or the model takes only whole batches
         return torch.stack(totals)
 
+    def _means(self, losses: Tensor, output: Any, batch: Batch) -> bool:
+        """Whether single losses make up the total of their batch; true where it is not finite."""
+        total = self.total(output, batch)
+        return not torch.isfinite(total) or _agree(total, losses)
+
     def _rows(self, losses: Tensor, length: int) -> Tensor:
         """One loss per sample from losses with the samples in front; the rest as in the batch."""
         if losses.numel() % length:
@@ -207,12 +216,12 @@ def _target(batch: Batch) -> Any:
 
 
 def _agree(total: Tensor, parts: Tensor) -> bool:
-    """Whether parts add up to a total, within the rounding of their type, or cannot be told."""
+    """Whether parts add up to a total, within the rounding of their type."""
+    total, parts = total.detach(), parts.detach().double()
     total, parts = total.detach(), parts.detach()
     slack = {torch.float64: 1e-8, torch.float32: 1e-4}.get(total.dtype, 2e-2)
-    sizes = float(parts.double().abs().sum())
-    difference = abs(float(total) - float(parts.double().sum()))
-    return not difference > slack * max(sizes, abs(float(total)))  # also true for NaN
+    size = max(float(parts.abs().sum()), abs(float(total)))
+    return abs(float(total) - float(parts.sum())) <= slack * size
 
 
 def _cut(value: Any, rows: slice | Tensor, length: int) -> Any:

@@ -179,7 +179,7 @@ def test_a_batch_that_counts_for_nothing_is_not_computed():
     model.forward = None
     total = objective.batch_total(w.requires_grad_(), masked)
     (gradient,) = torch.autograd.grad(total, w)
-    assert float(total) == 0.0
+    assert float(total.detach()) == 0.0
     assert torch.equal(gradient, torch.zeros_like(w))
     assert torch.equal(objective.batch_hessian_product(w, w, masked), torch.zeros_like(w))
 
@@ -219,6 +219,14 @@ def test_a_loss_of_the_batch_as_a_whole_is_taken_as_it_is_with_a_count():
     losses = [float(in_batch(case.model(x), t).detach()) for x, t in data]
     expected = (7 * losses[0] + 5 * losses[1]) / 12
     assert objective.loss(objective.weights()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_mean_over_nothing_in_a_part_of_a_batch_is_refused():
+    model, tokens, targets = masked_tokens()
+    order = torch.tensor([4, 5, 0, 1, 2, 3])  # the first two have no targets
+    data = tokens[order], targets[order]
+    with pytest.raises(ValueError, match=r"the mean of its parts nan .*`count=lambda batch"):
+        Objective(model, lambda o, t: F.cross_entropy(o, t), data)
 
 
 def test_sample_losses_that_a_count_contradicts_are_refused():
