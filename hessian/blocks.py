@@ -147,6 +147,8 @@ def block_diagonal_operator(
                     add(objective.batch_total(torch.cat(leaves), batch), rows, out)
             objective.reduce_(out).div_(objective.normalizer)
             add(objective.regularization(torch.cat(leaves)), rows, out)
+        if not torch.isfinite(out).all():
+            objective.loss(torch.cat(leaves).detach())  # raises, and names the batch or parameter
         return out
 
     return Operator(

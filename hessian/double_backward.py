@@ -80,6 +80,8 @@ class _ForwardSubstitution(TorchFunctionMode):
         if func in RECURRENT:
             with _without_mkldnn(), torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         if func is functional.mse_loss and len(args) == 2 and kwargs.keys() <= {"reduction"}:
             return _squared_error(*args, **kwargs)
         return func(*args, **kwargs)

@@ -112,6 +112,7 @@ class _Categorical(Likelihood):
         cumulated = z.to(torch.float64).softmax(dim=1).movedim(1, -1).cumsum(dim=-1)
         values = (levels * cumulated[..., -1]).unsqueeze(-1)
         drawn = torch.searchsorted(cumulated.contiguous(), values, right=True).squeeze(-1)
+        drawn = drawn.clamp_max(z.shape[1] - 1)  # where logits are NaN, which the loss will tell
         return torch.where(y == self.ignored, y, drawn.to(y.dtype))
 
     def far(self, z: Tensor, y: Tensor) -> Tensor:

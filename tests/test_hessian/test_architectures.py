@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from hessian import gauss_newton_operator, hessian_operator
+from hessian import (
+    Objective,
+    block_diagonal_operator,
+    fisher_operator,
+    gauss_newton_operator,
+    hessian_operator,
+)
 from tests.architectures import architecture, names
 from tests.cases import seeded
 from tests.oracles import (
@@ -70,3 +76,70 @@ def test_gauss_newton_products_equal_the_dense_matrix(name):
     V = some_vectors(len(w), 3)
     operator = gauss_newton_operator(case.objective(RAGGED))
     assert_equal(operator @ V, G @ V)
+
+
+def settings():
+    """Global settings of torch that a product might have to change."""
+    backends = torch.backends
+    return [
+        *(backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),
+        *(backends.cuda.math_sdp_enabled(), backends.cuda.cudnn_sdp_enabled()),
+        *(backends.cudnn.enabled, backends.mkldnn.enabled, backends.mha.get_fastpath_enabled()),
+        *(torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_rng_state().tolist()),
+        len(torch.overrides._get_current_function_mode_stack()),
+    ]
+
+
+def state(model):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        *((name, module.training) for name, module in model.named_modules()),
+        *((name, id(t), t.tolist(), t.requires_grad, t._version, t.grad) for name, t in tensors),
+    ]
+
+
+PRODUCTS = {
+    "Hessian": hessian_operator,
+    "Hessian, nothing kept": lambda o: hessian_operator(o, memory_budget=0),
+    "Hessian, forward": lambda o: hessian_operator(o, method="forward"),
+    "Gauss-Newton": gauss_newton_operator,
+    "Fisher": fisher_operator,
+    "blocks": block_diagonal_operator,
+}
+DELICATE = [
+    "attention encoder layer",
+    "attention scaled_dot_product_attention causal",
+    "recurrent LSTM",
+    "recurrent GRU, packed",
+    "conv residual block",
+    "CNN weight norm",
+]
+
+
+class PlannedError(Exception):
+    """Raised on purpose."""
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+@pytest.mark.parametrize("name", DELICATE)
+@pytest.mark.usefixtures("unchecked_shapes")  # the checker draws from Python's generator
+def test_models_and_settings_stay_as_they_were_also_after_an_exception(name, product):
+    case = architecture(name)
+    bomb = {"armed": False}
+
+    def criterion(output, target, reduction="mean"):
+        if bomb["armed"]:
+            raise PlannedError
+        return torch.nn.functional.cross_entropy(output, target, reduction=reduction)
+
+    objective = Objective(case.model, criterion, case.batches(RAGGED))
+    before = state(case.model), settings()
+    operator = product(objective)
+    with torch.no_grad():
+        operator @ objective.weights()
+    assert (state(case.model), settings()) == before
+    operator = product(objective)
+    bomb["armed"] = True
+    with pytest.raises(PlannedError):
+        operator @ objective.weights()
+    assert (state(case.model), settings()) == before

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-from hessian import NonDeterministicError, NonFiniteError, Objective, hessian_operator
+from hessian import (
+    NonDeterministicError,
+    NonFiniteError,
+    Objective,
+    block_diagonal_operator,
+    fisher_operator,
+    gauss_newton_operator,
+    hessian_operator,
+    leading_eigenspace,
+)
 from tests.cases import Reiterable, cases, seeded
 
 X, Y = cases()["tanh MLP"].data
@@ -329,6 +338,50 @@ def test_nan_in_the_data_names_the_batch(as_loader, row):
             call(w)
     with pytest.raises(NonFiniteError, match=rf"first in batch {row // 6} of 2"):
         objective.hessian_product(w, w)
+
+
+OPERATORS = {
+    "Hessian": hessian_operator,
+    "Gauss-Newton": gauss_newton_operator,
+    "Fisher": fisher_operator,
+    "Monte Carlo Fisher": lambda o, w=None: fisher_operator(o, w, kind="monte_carlo"),
+    "blocks": block_diagonal_operator,
+}
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+def test_every_operator_names_the_batch_or_the_parameter_of_a_nan(make):
+    x = X.clone()
+    x[7, 1] = float("nan")
+    objective = Objective(mlp(), CRITERION, (x, Y), batch_size=6)
+    with pytest.raises(NonFiniteError, match="first in batch 1 of 2"):
+        make(objective) @ objective.weights()
+    objective = Objective(mlp(), CRITERION, (X, Y), batch_size=6)
+    w = objective.weights()
+    objective.unflatten(w)["1.weight"][0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"NaN or an infinity in `1\.weight`"):
+        make(objective, w) @ objective.weights()
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_every_operator_refuses_other_vectors_and_a_mode_that_changed(make):
+    objective = Objective(mlp(nn.Dropout(0.5)).eval(), CRITERION, (X, Y))
+    with pytest.raises(ValueError, match="each of the 43 selected weights"):
+        make(objective, torch.zeros(3).double())
+    operator = make(objective)
+    with pytest.raises(ValueError, match="A vector of length 43"):
+        operator @ torch.zeros(3).double()
+    objective.model.train()
+    with pytest.raises(NonDeterministicError, match="Dropout must be off"):
+        operator @ objective.weights()
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+def test_more_pairs_than_weights_are_refused(make):
+    operator = make(Objective(mlp(), CRITERION, (X, Y)))
+    with pytest.raises(ValueError, match=r"`k` must be between 1 and 43.*got 44"):
+        leading_eigenspace(operator, k=44)
 
 
 def test_infinite_derivatives_at_a_finite_loss_name_the_parameter():
