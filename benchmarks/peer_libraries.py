@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from peer_problems import Problem, plain_product
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from hessian import (
@@ -212,10 +212,7 @@ def arpack(
 
     operator = LinearOperator((n, n), matvec=matvec, dtype=np.float32)
     first = start(problem, seed).cpu().numpy()
-    try:
-        vectors = eigsh(operator, k=K, which="LM", tol=tol, ncv=basis, v0=first)[1]
-    except ArpackNoConvergence as error:
-        vectors = error.eigenvectors
+    vectors = eigsh(operator, k=K, which="LM", tol=tol, ncv=basis, v0=first)[1]
     return torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
 
 
