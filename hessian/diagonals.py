@@ -92,7 +92,8 @@ def diagonal(
                 f'{max_products}. Raise it, or choose the method "hutchinson" or "xdiag".'
             )
         with report_progress(progress, "diagonal") as update:
-            return _exact(CountedProducts(operator, update, n))
+            value = exact_diagonal(CountedProducts(operator, update, n))
+        return DiagonalEstimate(value, torch.zeros_like(value), 0, n)
     if num_probes < 2:
         raise ValueError(
             f"`num_probes` must be at least 2 to give a standard error, got {num_probes}."
@@ -157,7 +158,8 @@ def _xdiag(A: CountedProducts, probes: SignProbes, count: int) -> tuple[Tensor, 
     return value, error
 
 
-def _exact(A: CountedProducts) -> DiagonalEstimate:
+def exact_diagonal(A: CountedProducts) -> Float[Tensor, " n"]:
+    """Return the diagonal in float64 from n products with unit vectors, in chunks."""
     op = A.operator
     value = torch.empty(op.size, dtype=torch.float64, device=op.device)
     start = 0
@@ -166,4 +168,4 @@ def _exact(A: CountedProducts) -> DiagonalEstimate:
         E[start : start + size].fill_diagonal_(1.0)
         value[start : start + size] = (A @ E)[start : start + size].diag().to(torch.float64)
         start += size
-    return DiagonalEstimate(value, torch.zeros_like(value), 0, A.spent)
+    return value

@@ -13,6 +13,9 @@ from hessian.subspace import Eigenspace
 CHUNK_BYTES = 2**28
 """Most memory of one block of columns or rows that is worked on at once."""
 
+MOST_COLUMNS = 16
+"""Most columns of one product: more share little more work, and progress would come late."""
+
 
 class SignProbes:
     """Columns of independent signs: the same ones for a seed, however many are drawn at a time.
@@ -81,7 +84,7 @@ def chunk_columns(operator: Operator) -> int:
     if operator.columns is None:
         return 1
     bytes_each = operator.size * torch.finfo(operator.dtype).bits // 8
-    return max(1, min(64, CHUNK_BYTES // max(bytes_each, 1)))
+    return max(1, min(MOST_COLUMNS, CHUNK_BYTES // max(bytes_each, 1)))
 
 
 def inner(X: Num[Tensor, "n k"], Y: Num[Tensor, "n l"]) -> Float[Tensor, "k l"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from scipy.stats import chi2, t
 from torch import Tensor
 
+from hessian.diagonals import exact_diagonal
 from hessian.errors import ConvergenceWarning
 from hessian.operators import Operator
 from hessian.probes import CountedProducts, SignProbes, column_dots, deflated, inner
@@ -89,7 +90,8 @@ def trace(
         num_probes: Number of probes; with ``rtol``, the number before the first look, at least 20.
         rtol: Add probes until the standard error is at most rtol · |value|. So as not to stop
             early, the standard error is then its own upper 95 % confidence limit, and looks are
-            few, at geometrically growing numbers of probes.
+            few, at geometrically growing numbers of probes. Where n products are fewer than the
+            probes still to come, or the sketch would be as large as A, they give the exact trace.
         max_products: Budget of products with A when ``rtol`` is given.
         seed: Seed of the probes, drawn on the CPU; the global random state is not used.
         progress: A bar, or a function called with a ``Step``.
@@ -130,9 +132,19 @@ def trace(
             error *= _upper_factor(len(samples))
             converged = error <= goal
             more = _affordable(operator, method, math.ceil(GROWTH * probes), max_products)
-            if converged or more <= probes:
+            if converged:
                 break
             wanted = probes * (error / goal) ** 2 if goal > 0 else math.inf
+            endless = more <= probes or (
+                method == "hutchinson" and wanted - probes >= operator.size
+            )
+            if endless and A.spent + operator.size <= max_products:
+                A.expect(A.spent + operator.size, error=error, goal=goal)
+                samples = exact_diagonal(A).sum().cpu().expand(len(samples))
+                error, converged = 0.0, True
+                break
+            if more <= probes:
+                break
             within = _affordable(operator, method, int(min(wanted, max_products)), max_products)
             A.expect(_price(method, max(more, within)), error=error, goal=goal)
             estimator.grow(more - probes)
