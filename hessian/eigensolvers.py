@@ -12,7 +12,7 @@ from torch import Tensor
 from hessian.checkpoint import Checkpoint, fingerprint
 from hessian.errors import ConvergenceWarning
 from hessian.lanczos import Shards
-from hessian.memory import basis_size
+from hessian.memory import basis_size, free_memory
 from hessian.missed_eigenvalues import RISK
 from hessian.operators import Operator
 from hessian.progress import ProgressOption, report_progress
@@ -144,7 +144,7 @@ def leading_eigenspace(
             "leave states that do not fit together."
         )
     direction = None if start is None else _direction(start, operator)
-    local_size = n if shards is None else len(shards.local(torch.empty(n, dtype=torch.bool)))
+    local_size, free = (n, None) if shards is None else _smallest_rank(operator, shards)
     basis = basis_size(
         max_basis,
         k=k,
@@ -154,6 +154,7 @@ def leading_eigenspace(
         dtype=operator.dtype,
         device=operator.device,
         columns=operator.columns is not None,
+        free=free,
     )
     folder = None
     if checkpoint is not None:
@@ -197,6 +198,15 @@ def leading_eigenspace(
             stacklevel=2,
         )
     return space
+
+
+def _smallest_rank(operator: Operator, shards: Shards) -> tuple[int, int]:
+    """Return the most rows and the fewest free bytes of any rank, so that all choose alike."""
+    empty = torch.zeros(operator.size, dtype=torch.float32, device=operator.device)
+    part = shards.local(empty)
+    rows = shards.full(torch.full_like(part, len(part))).max()
+    mebibytes = free_memory(operator.device) >> 20
+    return int(rows), int(shards.full(torch.full_like(part, mebibytes)).min()) << 20
 
 
 def _direction(start: Eigenspace | Tensor, operator: Operator) -> Tensor:

@@ -38,6 +38,7 @@ def basis_size(
     dtype: torch.dtype,
     device: torch.device,
     columns: bool,
+    free: int | None = None,
 ) -> int:
     """Return the most vectors that a basis may have, or refuse before any product is made.
 
@@ -51,6 +52,7 @@ def basis_size(
         dtype: Type of the vectors.
         device: Where they live.
         columns: Whether the operator multiplies all k vectors at once when they are measured.
+        free: Bytes that may be used. Default: what is free on the device.
 
     Raises:
         ValueError: If fewer vectors are asked for than k pairs need.
@@ -73,7 +75,7 @@ def basis_size(
         blocks = (available - needed(0, k)) // (ROWS * row)
         return min(size, max(0, ROWS * blocks))
 
-    free = free_memory(device)
+    free = free_memory(device) if free is None else free
     if asked is None:
         usual = min(size, max_products, max(2 * k + 20, 100, SMALL // row))
         wanted = max(fewest, min(usual, fitting(int(DEFAULT_SHARE * free))))

@@ -100,8 +100,8 @@ def aligned(x: npt.NDArray[np.float64]) -> Tensor:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return aᵀ b as a float64 scalar tensor, summed in float64 without long copies."""
-    if a.dtype == torch.float64:
-        return torch.dot(a, b)
+    if a.dtype == torch.float64 or len(a) <= CHUNK:
+        return torch.dot(a.double(), b.double())
     parts = zip(chunks(a), chunks(b), strict=True)
     return torch.stack([torch.dot(x.double(), y.double()) for x, y in parts]).sum()
 
