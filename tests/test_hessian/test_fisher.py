@@ -135,6 +135,7 @@ CRITERIA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CRITERIA)
 def test_monte_carlo_fisher_approaches_gauss_newton_as_draws_grow(name):
     criterion, target = CRITERIA[name]
