@@ -82,6 +82,17 @@ def test_what_a_maps_out_of_the_basis_is_known_through_all_that_happens_to_it():
             np.testing.assert_allclose(exact, bound, rtol=1e-9, atol=1e-12)
 
 
+def test_the_basis_stays_orthonormal_where_one_pass_of_gram_schmidt_would_not_do():
+    A = with_spectrum(torch.cat([torch.tensor([1e8, -1e4]), torch.linspace(0, 1, 78)]).double())
+    basis = KrylovBasis(Operator.from_matrix(A), normal(80))
+    for i in range(60):
+        if basis.exhausted:
+            basis.restart(normal(80, i + 1))
+        basis.extend()
+    # With one pass the rows are copies of each other: 1.0.
+    assert orthonormality(torch.stack([basis.rows[i] for i in range(60)], dim=1)) < 1e-14
+
+
 def test_a_basis_that_is_rotated_holds_the_same_vectors_combined():
     # More entries than a slab, more rows than a block, and neither a multiple.
     n = 40_001
