@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from hessian_peers import PACKAGES, ROWS, SEEDS
-from peer_counts import RememberedProducts, loosest_setting, orthonormal, rayleigh
+from peer_counts import HINTS, RememberedProducts, loosest_setting, orthonormal, rayleigh
 from peer_libraries import GOAL, LIBRARIES, SOLVERS, K, Library, Product, counted, objective
 from peer_problems import (
     SETTINGS,
@@ -180,6 +180,7 @@ def eigenpairs(
     """Ten pairs by every solver on its own products, in full; residuals in plain torch."""
     remembered = RememberedProducts(built["anew"], problem.size, device.name)
     rows: Record = {}
+    hints = dict(HINTS)
     settings: dict[tuple[str, int], Record] = {}
     for seed in SEEDS[:1] if tiny else SEEDS:
         for key, row in ROWS.items():
@@ -194,7 +195,7 @@ def eigenpairs(
                 continue
             say(f"{problem.name}: pairs, {row.title}, seed {seed}")
             if (row.solver, seed) not in settings:
-                found, _ = loosest_setting(remembered, problem, row.solver, seed)
+                found, _ = loosest_setting(remembered, problem, row.solver, seed, hints)
                 settings[row.solver, seed] = found["setting"]
             setting = settings[row.solver, seed]
             solve, vectors = SOLVERS[row.solver][0], None

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_counts import RememberedProducts, loosest_setting, orthonormal, rayleigh
+from peer_counts import HINTS, RememberedProducts, loosest_setting, orthonormal, rayleigh
 from peer_libraries import GOAL, LIBRARIES, SOLVERS, K, counted
 from peer_problems import SETTINGS, floors, load, plain_columns, plain_gradient, prepare
 from threadpoolctl import threadpool_limits
@@ -141,12 +141,13 @@ def count(task: Record) -> Record:
     real = LIBRARIES["kept"].build(problem, task["batch"], task["budget"])
     file = folder / f"remembered-{problem.name}.safetensors"
     remembered = RememberedProducts(real, problem.size, path=file)
+    hints = dict(HINTS)
     for seed in task["seeds"]:
         for solver in SOLVERS:
             cell = folder / f"{problem.name}-count-{solver}-{seed}.json"
             if cell.exists():
                 continue
-            record, vectors = loosest_setting(remembered, problem, solver, seed)
+            record, vectors = loosest_setting(remembered, problem, solver, seed, hints)
             write_tensors(
                 _vectors_file(folder, problem.name, "count", solver, seed), {"V": vectors}, {}
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_libraries import GOAL, SOLVERS, Product, counted
+from peer_libraries import GOAL, SOLVERS, Product, Solver, counted
 from peer_problems import Problem
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from flatvalley.run import read_tensors, write_tensors
 NEGLIGIBLE = 3e-5
 EVERY = 20
 """New directions between two savings."""
+
+HINTS = {"pyhessian": 6, "eigenthings-fewest": 4}
+"""Where the search for a setting begins, as a place in its list; 0 for others."""
 
 
 class RememberedProducts:
@@ -54,10 +57,12 @@ class RememberedProducts:
             return torch.stack([self(column) for column in v.T.contiguous()], dim=1)
         norm = v.norm()
         rest, coefficients = v / norm, v.new_zeros(self._rows)
+        Q = self.directions[: self._rows]
         for _ in range(2):
-            Q = self.directions[: self._rows]
             more = Q @ rest
             rest, coefficients = rest - Q.T @ more, coefficients + more
+            if rest.norm() <= NEGLIGIBLE:  # the second pass is for new directions
+                break
         out = self.products[: self._rows].T @ coefficients
         length = rest.norm()
         if length > NEGLIGIBLE:
@@ -101,42 +106,61 @@ def orthonormal(V: Tensor) -> Tensor:
 
 
 def loosest_setting(
-    remembered: RememberedProducts, problem: Problem, solver: str, seed: int
+    remembered: RememberedProducts, problem: Problem, solver: str, seed: int, hints: dict[str, int]
 ) -> tuple[dict[str, Any], Tensor]:
-    """Run a solver's own code at its settings until one meets the goal with fewest products.
+    """Run a solver's own code at its settings; return the loosest that meets the goal.
+
+    From where the last search ended, settings are loosened as long as they meet the goal, or
+    tightened until one does. Of settings with one tolerance, the one with fewest products counts.
 
     Returns:
         Setting, products, CPU seconds outside the products, and residual; and the vectors.
     """
     solve, settings = SOLVERS[solver]
-    best: tuple[dict[str, Any], Tensor] | None = None
-    last_tol = None
-    for setting in settings:
-        # Settings of one tolerance are tried together; a tighter one only while none met the goal.
-        tol = setting.get("tol")
-        if best is not None and best[0]["met"] and tol != last_tol:
-            break
-        last_tol = tol
-        with counted(remembered) as (product, spent):
-            began = time.process_time()
-            vectors = solve(product, problem, seed, **setting)
-            outside = time.process_time() - began - spent["seconds"]
-        V = orthonormal(vectors)
-        record = {
-            "setting": setting,
-            "products": spent["products"],
-            "in_columns": spent["in_columns"],
-            "seconds_outside": outside,
-            "residual_remembered": rayleigh(V, remembered(V))[0],
-        }
-        record["met"] = record["residual_remembered"] <= GOAL
-        if best is None or _rank(record) < _rank(best[0]):
-            best = record, V
-        if record["met"] and tol is None:
-            break
-    assert best is not None
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for i, setting in enumerate(settings):
+        groups.setdefault(setting.get("tol", i), []).append(setting)
+    levels = list(groups.values())
+
+    def best_of(level: int) -> tuple[dict[str, Any], Tensor]:
+        runs = [_run(remembered, problem, solve, setting, seed) for setting in levels[level]]
+        return min(runs, key=lambda run: _rank(run[0]))
+
+    level = hints.get(solver, 0)
+    best = best_of(level)
+    if best[0]["met"]:
+        while level > 0 and (looser := best_of(level - 1))[0]["met"]:
+            level, best = level - 1, looser
+    else:
+        while level + 1 < len(levels) and not best[0]["met"]:
+            level, best = level + 1, best_of(level + 1)
+    hints[solver] = level
     remembered.save()
     return best
+
+
+def _run(
+    remembered: RememberedProducts,
+    problem: Problem,
+    solve: Solver,
+    setting: dict[str, Any],
+    seed: int,
+) -> tuple[dict[str, Any], Tensor]:
+    with counted(remembered) as (product, spent):
+        began = time.process_time()
+        vectors = solve(product, problem, seed, **setting)
+        outside = time.process_time() - began - spent["seconds"]
+    V = orthonormal(vectors)
+    residual, _ = rayleigh(V, remembered(V))
+    record = {
+        "setting": setting,
+        "products": spent["products"],
+        "in_columns": spent["in_columns"],
+        "seconds_outside": outside,
+        "residual_remembered": residual,
+        "met": residual <= GOAL,
+    }
+    return record, V
 
 
 def _rank(record: dict[str, Any]) -> tuple[bool, float]:
