@@ -227,7 +227,10 @@ def rows(group: Group) -> dict[str, Tensor]:
     if group is None:
         return tensors
     shards = {name: RowShards(len(t), group) for name, t in tensors.items()}
-    return {name: shards[name].full(shards[name].local(t)) for name, t in tensors.items()}
+    parts = {name: shards[name].local(t) for name, t in tensors.items()}
+    for part in parts.values():  # a view would keep all rows alive
+        assert part.untyped_storage().nbytes() == part.nbytes
+    return {name: shards[name].full(part) for name, part in parts.items()}
 
 
 def few_batches(group: Group) -> dict[str, Tensor]:
