@@ -148,7 +148,7 @@ class Ranks:
 
 
 def _marks(vectors: Sequence[Tensor]) -> tuple[float, float]:
-    """Two checksums; every entry and every vector's place show in them."""
+    """Two checksums, of the sums and of the norms; a vector's place counts, an entry's does not."""
     total = norm = 0.0
     for place, v in enumerate(vectors, start=1):
         v = torch.view_as_real(v.detach()) if v.is_complex() else v.detach()

@@ -263,7 +263,8 @@ def refusals(group: Group) -> dict[str, Tensor]:
     objective = Objective(model, cross_entropy, batches, group=group)
     w = objective.weights()
     other = w + 1e-3 * rank
-    tilted = torch.cat([w[:1] + rank, w[1:2] - rank, w[2:]])  # the same sum
+    tilted = torch.zeros_like(w)
+    tilted[:2] = torch.tensor([3.0 - rank, 1.0 + rank])  # of the same sum
     texts = {}
 
     def note(name: str, call: Callable[[], Any]) -> None:
