@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import flatvalley
-from flatvalley.run import DamagedFileError, Run
+from flatvalley.run import Run
 from flatvalley.studies.spectrum import Limits, Part, SpectrumConfig
 from flatvalley.studies.spectrum_figures import draw_spectrum
 from flatvalley.studies.spectrum_report import (
@@ -32,7 +32,7 @@ from flatvalley.studies.verify import verify as run_study
 from flatvalley.studies.verify_figures import draw_all
 from flatvalley.studies.verify_report import console_summary, write_verify_report
 from flatvalley.user_code import importable_from, is_refusal
-from hessian import NonFiniteError, SecondDerivativeError, storage
+from hessian import DamagedFileError, NonFiniteError, SecondDerivativeError
 
 EXIT_NOT_REACHED, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -280,7 +280,7 @@ def main() -> None:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.TyperException as error:
         _stop(f"{error.format_message()} See `{_help_command()}`.", EXIT_BAD_INPUT)
-    except (DamagedFileError, storage.DamagedFileError, SecondDerivativeError) as error:
+    except (DamagedFileError, SecondDerivativeError) as error:
         _stop(str(error), EXIT_BAD_INPUT)
     except NonFiniteError as error:
         _stop(str(error), EXIT_NOT_FINITE)

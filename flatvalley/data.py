@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flatvalley.run import DamagedFileError
+from hessian import DamagedFileError
 
 ROOT_VARIABLE = "FLATVALLEY_DATA"
 """Environment variable that names the folder of the data sets that are read from files."""

@@ -18,14 +18,11 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 import flatvalley
+from hessian import DamagedFileError
 
 Row = Mapping[str, Any]
 DECISIVE = ("flatvalley", "torch")
 _PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "scikit-learn", "PyHessian")
-
-
-class DamagedFileError(ValueError):
-    """A file of a run cannot be read; the message says which, and what to do."""
 
 
 class Run:

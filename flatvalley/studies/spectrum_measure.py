@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 from torch import Tensor
 
-from flatvalley.run import DamagedFileError, Run, plain, read_tensors
+from flatvalley.run import Run, plain, read_tensors
 from flatvalley.studies.spectrum import (
     Limits,
     Measured,
@@ -29,6 +29,7 @@ from flatvalley.studies.spectrum import (
 from flatvalley.studies.spectrum_sources import Source, Subject
 from hessian import (
     ConvergenceWarning,
+    DamagedFileError,
     Eigenspace,
     Operator,
     hessian_operator,

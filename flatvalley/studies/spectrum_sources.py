@@ -13,11 +13,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from flatvalley.data import load_dataset
 from flatvalley.models import tanh_mlp
-from flatvalley.run import DamagedFileError
 from flatvalley.studies.verify import VerifyConfig
 from flatvalley.studies.verify_cell import network, read_cell
 from flatvalley.user_code import build, build_model, describe, is_refusal, load_weights_
-from hessian import NonFiniteError, Objective
+from hessian import DamagedFileError, NonFiniteError, Objective
 from hessian.batches import Batch, map_tensors, one_pass
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -299,7 +299,8 @@ def test_report_opens_in_a_browser_without_requests_or_errors(measured):
 
 def test_second_call_measures_nothing_again_and_adds_what_is_new(folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    assert flatvalley("spectrum", *OWN, "--k=2", "--out", out)[0] == 0
+    options = [*OWN, "--k=2", "--probes=2", "--steps=5", "--out", out]
+    assert flatvalley("spectrum", *options)[0] == 0
     before = (out / "eigenspace.safetensors").read_bytes()
     assert not (out / "figures" / "density.png").exists()
 
@@ -307,18 +308,16 @@ def test_second_call_measures_nothing_again_and_adds_what_is_new(folder, tmp_pat
         raise AssertionError("measured again")
 
     monkeypatch.setattr(spectrum_measure, "leading_eigenspace", never)
-    status, printed, errors = flatvalley(
-        "spectrum", *OWN, "--k=2", "--density", "--probes=2", "--steps=5", "--out", out
-    )
-    assert status == 2  # other probes are another run
-    assert "other settings (probes, steps differ)" in errors
-    status, printed, errors = flatvalley("spectrum", *OWN, "--k=2", "--density", "--out", out)
+    status, _, errors = flatvalley("spectrum", *options, "--density", "--steps=6")
+    assert status == 2  # other settings are another run
+    assert "other settings (steps differ)" in errors
+    status, printed, errors = flatvalley("spectrum", *options, "--density")
     assert status == 0, errors
     assert "Going on with the run" in printed
     assert (out / "eigenspace.safetensors").read_bytes() == before
     assert (out / "figures" / "density.png").exists()
     monkeypatch.setattr(spectrum_measure, "spectral_density", never)
-    assert flatvalley("spectrum", *OWN, "--k=2", "--out", out)[0] == 0
+    assert flatvalley("spectrum", *options)[0] == 0
     assert "The density of all eigenvalues" in (out / "report.html").read_text()
 
 
@@ -337,7 +336,7 @@ def test_code_that_changed_is_not_mixed_in(folder, tmp_path):
     assert "holds numbers of another function: 73 weights with a loss of" in errors
 
 
-def test_budget_that_ran_out_is_status_one_and_a_larger_one_goes_on(folder, tmp_path):
+def test_budget_that_ran_out_is_status_one_and_a_larger_one_goes_on(folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
     options = [*OWN, "--k=4", "--tol=1e-10", "--out", out]
     status, printed, errors = flatvalley("spectrum", *options, "--max-products=13")
@@ -345,8 +344,17 @@ def test_budget_that_ran_out_is_status_one_and_a_larger_one_goes_on(folder, tmp_
     assert "Raise `max_products`" in printed.replace("\n", " ")
     assert json.loads((out / "run.json").read_text())["converged"] is False
     assert "a budget ran out" in (out / "report.html").read_text()
+    solve, calls = spectrum_measure.leading_eigenspace, []
+
+    def noted(*arguments, **options):
+        there = (options["checkpoint"] / "checkpoint.json").exists()
+        calls.append((options["max_basis"], there))
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(spectrum_measure, "leading_eigenspace", noted)
     status, printed, errors = flatvalley("spectrum", *options, "--max-products=200")
     assert status == 0, errors
+    assert calls == [(13, True)]
     went_on = load_eigenspace(out / "eigenspace.safetensors")
     assert 13 < went_on.num_products <= 200
     assert not (out / "eigenspace.checkpoint").exists()
