@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,12 @@ def synthetic(name: str, model: torch.nn.Module, shape: tuple[int, ...], device:
 
 
 def products(
-    problem: Problem, sizes: tuple[int, ...], device: Device, budget: int, repeats: int
+    problem: Problem,
+    sizes: tuple[int, ...],
+    device: Device,
+    budget: int,
+    repeats: int,
+    libraries: Iterable[str] = GPU_LIBRARIES,
 ) -> tuple[Record, dict[str, Product]]:
     """Every library's best batch size, then all in turn: seconds, ratio to the gradient, memory."""
     v = torch.randn(problem.size, generator=torch.Generator().manual_seed(1)).to(device.name)
@@ -134,7 +139,8 @@ def products(
     calls: dict[str, Callable[[], object]] = {"gradient": plain_gradient(problem, gradient_batch)}
     built: dict[str, Product] = {}
     record: Record = {"gradient": {"title": "one gradient", "batch": gradient_batch}}
-    for key, library in GPU_LIBRARIES.items():
+    for key in libraries:
+        library = GPU_LIBRARIES[key]
         times: dict[int, float] = {}
         say(f"{problem.name}: {library.title}")
         try:
@@ -232,7 +238,8 @@ def resnet50_run(device: Device, budget: int, tiny: bool) -> tuple[list[str], Re
     shape = (4, 3, 32, 32) if tiny else (RESNET50_IMAGES, 3, 224, 224)
     problem = synthetic("resnet50", resnet50(seed=0), shape, device.name)
     sizes = (2,) if tiny else BATCHES["resnet50"]
-    record, built = products(problem, sizes, device, budget, repeats=2 if tiny else 7)
+    libraries = ("kept", "anew") if tiny else GPU_LIBRARIES
+    record, built = products(problem, sizes, device, budget, 1 if tiny else 7, libraries)
     batch = record["anew"]["batch"]
     built.clear()
     H = hessian_operator(objective(problem, batch), memory_budget=budget)
