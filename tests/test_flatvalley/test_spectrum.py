@@ -317,8 +317,9 @@ def test_second_call_measures_nothing_again_and_adds_what_is_new(folder, tmp_pat
     assert (out / "eigenspace.safetensors").read_bytes() == before
     assert (out / "figures" / "density.png").exists()
     monkeypatch.setattr(spectrum_measure, "spectral_density", never)
-    assert flatvalley("spectrum", *options)[0] == 0
-    assert "The density of all eigenvalues" in (out / "report.html").read_text()
+    for asked in ([], ["--density"]):
+        assert flatvalley("spectrum", *options, *asked)[0] == 0
+        assert "The density of all eigenvalues" in (out / "report.html").read_text()
 
 
 def test_code_that_changed_is_not_mixed_in(folder, tmp_path):
