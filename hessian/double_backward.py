@@ -82,8 +82,10 @@ class _ForwardSubstitution(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
-        if func is functional.mse_loss and len(args) == 2 and kwargs.keys() <= {"reduction"}:
-            return _squared_error(*args, **kwargs)
+        if func is functional.mse_loss:
+            given = {name: value for name, value in kwargs.items() if value is not None}
+            if len(args) == 2 and given.keys() <= {"reduction"}:
+                return _squared_error(*args, **given)
         return func(*args, **kwargs)
 
 

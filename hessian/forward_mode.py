@@ -36,10 +36,11 @@ class ForwardOverReverse:
             NonFiniteError: If the product is not finite.
         """
         objective = self._objective
-        require_fixed_modules(objective.model)
-        out = torch.zeros_like(v)
-        for batch in objective.batches():
-            out += self.batch_product(v, batch)
+        with objective.ranks.in_step(v):
+            require_fixed_modules(objective.model)
+            out = torch.zeros_like(v)
+            for batch in objective.batches():
+                out += self.batch_product(v, batch)
         objective.reduce_(out).div_(objective.normalizer)
         out += self._derivative(objective.regularization, v)
         if not torch.isfinite(out).all():

@@ -14,12 +14,13 @@ from hessian.differences import CentralDifferences, difference_quotient
 from hessian.double_backward import differentiable_twice, graph_nodes, require_second_derivative
 from hessian.errors import SecondDerivativeError
 from hessian.forward_mode import ForwardOverReverse
-from hessian.kept_graph import KeptGraph
 from hessian.objective import Objective
 from hessian.operators import Operator
+from hessian.reverse_mode import ReverseOverReverse
 
 Method = Literal["auto", "reverse", "forward", "differences"]
 
+ORDER: tuple[Method, ...] = ("reverse", "forward", "differences")
 WORDS = {
     "reverse": "reverse over reverse",
     "forward": "forward over reverse",
@@ -81,16 +82,17 @@ def hessian_operator(
     """
     w = objective.weights() if w is None else w.detach().clone()
     objective.require_vector(w, "w")
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"`memory_budget` must not be negative, got {memory_budget} bytes.")
     if method not in get_args(Method):
         raise ValueError(f"`method` must be one of {get_args(Method)}, got {method!r}.")
     if method in ("auto", "reverse"):
-        method = _choose(objective, w, forced=method == "reverse")
-    products: KeptGraph | ForwardOverReverse | CentralDifferences
+        with objective.ranks.in_step(w):
+            chosen = _choose(objective, w, forced=method == "reverse")
+        # Ranks with other batches, or with none, may have chosen another one: the last rules.
+        method = ORDER[int(objective.ranks.gather([float(ORDER.index(chosen))]).max())]
+    products: ReverseOverReverse | ForwardOverReverse | CentralDifferences
     columns = None
     if method == "reverse":
-        products = KeptGraph(objective, w, memory_budget)
+        products = ReverseOverReverse(objective, w, memory_budget)
         columns = products.columns
     elif method == "forward":
         products = ForwardOverReverse(objective, w)

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from hessian import NonDeterministicError, Objective, hessian_operator
-from hessian.kept_graph import KeptGraph, free_memory
+from hessian.memory import free_memory
+from hessian.reverse_mode import ReverseOverReverse
 from tests.cases import cases, seeded
 from tests.oracles import dense_derivatives
 
@@ -26,7 +27,7 @@ def objective():
 
 
 def graph_of(objective, memory_budget):
-    graph = KeptGraph(objective, objective.weights(), memory_budget)
+    graph = ReverseOverReverse(objective, objective.weights(), memory_budget)
     v = torch.linspace(-1, 1, objective.size, dtype=objective.dtype)
     return graph, graph.product(v), v
 
