@@ -31,7 +31,7 @@ def differentiable_twice() -> Iterator[None]:
         yield
 
 
-def require_second_derivative(gradient: Tensor) -> None:
+def require_second_derivative(*gradients: Tensor) -> None:
     """Refuse the graph of a gradient that ends in a function marked ``once_differentiable``.
 
     Torch would raise there, were it not that its own marker is cut off from the weights: the
@@ -40,7 +40,7 @@ def require_second_derivative(gradient: Tensor) -> None:
     Raises:
         SecondDerivativeError: If such a function is in the graph.
     """
-    if any("Error" in node.name() for node in graph_nodes(gradient)):
+    if any("Error" in node.name() for node in graph_nodes(*gradients)):
         raise SecondDerivativeError(
             "A custom autograd function in the model is marked `once_differentiable`, so its part "
             "of the Hessian would be missing. Write its backward pass with differentiable "
@@ -48,9 +48,9 @@ def require_second_derivative(gradient: Tensor) -> None:
         )
 
 
-def graph_nodes(tensor: Tensor) -> Iterator[Node]:
-    """Yield every node of the graph that made a tensor, once."""
-    stack, seen = [tensor.grad_fn], set()
+def graph_nodes(*tensors: Tensor) -> Iterator[Node]:
+    """Yield every node of the graph that made some tensors, once."""
+    stack, seen = [tensor.grad_fn for tensor in tensors], set()
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:

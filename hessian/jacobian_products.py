@@ -74,7 +74,7 @@ class JacobianProducts(KeptGraphs[Linearized]):
         require_second_derivative(pulled)
         return mark, Linearized(z, u, pulled, middle)
 
-    def _through(self, graph: Linearized, v: Tensor, *, retain: bool) -> Tensor:
+    def _add_through(self, graph: Linearized, v: Tensor, out: Tensor, *, retain: bool) -> None:
         (pushed,) = torch.autograd.grad(graph.pulled, graph.u, v, retain_graph=True)
         bent = graph.middle(pushed)
-        return torch.autograd.grad(graph.z, self._w, bent, retain_graph=retain)[0]
+        out += torch.autograd.grad(graph.z, self._w, bent, retain_graph=retain)[0]

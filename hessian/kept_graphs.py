@@ -65,8 +65,8 @@ class KeptGraphs(ABC, Generic[Graph]):
         """
 
     @abstractmethod
-    def _through(self, graph: Graph, v: Tensor, *, retain: bool) -> Tensor:
-        """Return what one batch adds to the product with v."""
+    def _add_through(self, graph: Graph, v: Tensor, out: Tensor, *, retain: bool) -> None:
+        """Add one batch's part of the product with v to ``out``, in place."""
 
     @property
     def num_kept(self) -> int:
@@ -150,7 +150,7 @@ class KeptGraphs(ABC, Generic[Graph]):
             return
         try:
             for i, v in enumerate(rows):
-                out[i] += self._through(graph, v, retain=keep or i + 1 < len(rows))
+                self._add_through(graph, v, out[i], retain=keep or i + 1 < len(rows))
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise

@@ -201,9 +201,7 @@ class Objective:
 
     def output(self, w: Float[Tensor, " d"], batch: Batch) -> Any:
         """Return the model's output on a batch at weights w; differentiable in w."""
-        if isinstance(batch, Mapping):
-            return functional_call(self.model, self.unflatten(w), kwargs=dict(batch))
-        return functional_call(self.model, self.unflatten(w), tuple(batch[:-1]))
+        return self._output_at(self.unflatten(w), batch)
 
     def batch_loss(self, w: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, ""]:
         """Return the mean loss over one batch, with the regulariser; differentiable in w.
@@ -220,9 +218,13 @@ class Objective:
         The sum of these over all batches of all ranks, divided by ``normalizer``, plus
         ``regularization`` is L.
         """
+        return self.batch_total_at(self.unflatten(w), batch)
+
+    def batch_total_at(self, weights: dict[str, Tensor], batch: Batch) -> Float[Tensor, ""]:
+        """Return ``batch_total`` for the weights by name; differentiable in each of them."""
         if self._criterion.weight(batch) == 0:  # its mean would be NaN
-            return w[:0].sum()
-        return self.total_from_output(self.output(w, batch), batch)
+            return torch.stack([part.reshape(-1)[:0].sum() for part in weights.values()]).sum()
+        return self.total_from_output(self._output_at(weights, batch), batch)
 
     def total_from_output(self, output: Any, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted sum of one batch's losses, from the model's output on it."""
@@ -348,6 +350,11 @@ class Objective:
         """
         losses = self.sample_losses(w)
         return LossStatistics(len(losses), float(losses.sum()), float(losses.square().sum()))
+
+    def _output_at(self, weights: dict[str, Tensor], batch: Batch) -> Any:
+        if isinstance(batch, Mapping):
+            return functional_call(self.model, weights, kwargs=dict(batch))
+        return functional_call(self.model, weights, tuple(batch[:-1]))
 
     def _begin(self, w: Tensor) -> Tensor:
         """Check what may have changed since the last call: the vector, the model's mode."""

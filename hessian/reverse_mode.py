@@ -8,8 +8,11 @@ from hessian.double_backward import require_second_derivative
 from hessian.kept_graphs import KeptGraphs
 from hessian.objective import Objective
 
+Gradient = dict[str, Tensor]
+"""The gradient in the weights by name, with its graph, where it depends on the weights."""
 
-class ReverseOverReverse(KeptGraphs[Tensor]):
+
+class ReverseOverReverse(KeptGraphs[Gradient]):
     """Products with the Hessian at w by one backward pass through each batch's gradient.
 
     The graph of the gradient does not depend on the vector of a product. Kept, a product costs
@@ -27,17 +30,34 @@ class ReverseOverReverse(KeptGraphs[Tensor]):
 
     def __init__(self, objective: Objective, w: Tensor, memory_budget: int | None) -> None:
         super().__init__(objective, w, memory_budget, regularized=True)
+        self._weights = objective.unflatten(w.detach())
+        # One leaf a parameter: through one flat leaf, every batch would cut and join long vectors.
+        self._leaves = {name: self._weights[name].requires_grad_() for name in objective.shapes}
 
-    def _build(self, place: int, batch: Batch) -> tuple[float, Tensor | None]:
-        total = self._objective.batch_total(self._w, batch)
+    def _build(self, place: int, batch: Batch) -> tuple[float, Gradient | None]:
+        total = self._objective.batch_total_at(self._weights, batch)
         loss = float(total.detach())
-        (gradient,) = torch.autograd.grad(total, self._w, create_graph=True, materialize_grads=True)
-        if not gradient.requires_grad:  # a loss linear in w
+        parts = torch.autograd.grad(
+            total, list(self._leaves.values()), create_graph=True, materialize_grads=True
+        )
+        gradient = {
+            name: part
+            for name, part in zip(self._leaves, parts, strict=True)
+            if part.requires_grad  # others do not depend on the weights
+        }
+        if not gradient:
             return loss, None
-        require_second_derivative(gradient)
+        require_second_derivative(*gradient.values())
         return loss, gradient
 
-    def _through(self, graph: Tensor, v: Tensor, *, retain: bool) -> Tensor:
-        return torch.autograd.grad(graph, self._w, v, retain_graph=retain, materialize_grads=True)[
-            0
-        ]
+    def _add_through(self, graph: Gradient, v: Tensor, out: Tensor, *, retain: bool) -> None:
+        directions, sums = self._objective.unflatten(v), self._objective.unflatten(out)
+        parts = torch.autograd.grad(
+            list(graph.values()),
+            list(self._leaves.values()),
+            [directions[name] for name in graph],
+            retain_graph=retain,
+            materialize_grads=True,
+        )
+        for name, part in zip(self._leaves, parts, strict=True):
+            sums[name] += part
