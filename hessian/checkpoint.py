@@ -42,16 +42,16 @@ class Checkpoint:
     """
 
     folder: Path
-    problem: Mapping[str, Any]
+    problem: dict[str, Any]
     every: int
     _written: int = 0
     _generation: int = 0
     _compressions: int = 0
     _rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, basis: KrylovBasis, state: "State") -> None:
+    def save(self, basis: KrylovBasis, state: "State", *, at_once: bool = False) -> None:
         """Write the state, if enough products were made since the last time."""
-        if state.products - self._written < self.every:
+        if state.products - self._written < self.every and not at_once:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if basis.compressions != self._compressions:
@@ -100,13 +100,31 @@ class Checkpoint:
         Raises:
             ValueError: If the folder holds another problem, or a file in it is damaged.
         """
+        record = self._record()
+        if record is None:
+            return False
+        self._restore(record, basis, state)
+        self._require_same_operator(basis)
+        return True
+
+    def recorded_basis(self) -> int | None:
+        """Return the size of the basis that the folder was written for, None if it is empty.
+
+        Raises:
+            ValueError: If the folder holds another problem, or is damaged.
+        """
+        record = self._record()
+        return None if record is None else record["problem"].get("max_basis")
+
+    def _record(self) -> dict[str, Any] | None:
+        """Read what belongs together and hold it against the problem; None for an empty folder."""
         path = self.folder / "checkpoint.json"
         if not path.exists():
             if self.folder.exists() and not self.folder.is_dir():
                 raise ValueError(f"`checkpoint` must be a folder, got the file {self.folder}.")
-            return False
+            return None
         try:
-            record = json.loads(path.read_bytes())
+            record: dict[str, Any] = json.loads(path.read_bytes())
             theirs, form = record["problem"], record["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(path.name) from error
@@ -121,9 +139,7 @@ class Checkpoint:
                     f"`checkpoint` must belong to this problem, but {self.folder} was written for "
                     f"{key}={theirs.get(key)}, got {key}={ours}. Use another folder, or remove it."
                 )
-        self._restore(record, basis, state)
-        self._require_same_operator(basis)
-        return True
+        return record
 
     def _restore(self, record: dict[str, Any], basis: KrylovBasis, state: "State") -> None:
         about = record["basis"]

@@ -29,6 +29,7 @@ def leading_eigenspace(
     max_basis: int | None = None,
     which: Which = "magnitude",
     multiple: bool = True,
+    measure: bool = True,
     seed: int = 0,
     start: Eigenspace | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -41,7 +42,7 @@ def leading_eigenspace(
 
     The basis is reorthogonalised fully and in two passes, so no eigenvalue is a ghost of another.
     The iteration stops on its own residual estimates; the residuals returned are measured with
-    k further products.
+    k further products, unless ``measure=False``.
 
     A Krylov space holds one copy of a multiple eigenvalue, and nothing that its start does not
     see. So once the pairs have converged, ``multiple=True`` goes on from a random direction in
@@ -59,30 +60,38 @@ def leading_eigenspace(
         max_products: Budget of products with A.
         max_basis: Most basis vectors of length n that are held, at least k + 6 (or n). When they
             are used up the basis is compressed to Ritz vectors, which keeps the answer and costs
-            products. Default: as many as 256 MiB hold, and no fewer than max(2 k + 20, 100);
-            fewer only if memory is short. Beside them come k vectors for the result (twice as
-            many if the operator has ``columns``) and about five to work with.
+            products. Default: as many as 256 MiB hold up to 1000, and no fewer than
+            max(2 k + 20, 100); fewer only if they do not fit into 70 % of the free memory, and
+            with a checkpoint as many as it was begun with. Beside them come k vectors for the
+            result (twice as many if the operator has ``columns``) and about five to work with.
         which: Leading by ``"magnitude"`` (the sharp directions, whatever their sign), or the
             ``"largest"`` or ``"smallest"`` on the real line, or ``"both"`` ends: from the
             largest and the smallest in turn, so ⌈k/2⌉ of the largest and ⌊k/2⌋ of the smallest.
         multiple: Whether to look for missed copies. Without it, an eigenvalue of multiplicity m
             is found m times only if the Krylov space breaks down, as for a multiple of the
             identity, or rounding brings the copies up.
+        measure: Whether to make the k products that measure the residuals. Without them the
+            values are Ritz values and the residuals what the iteration concludes from its own
+            products (a bound on that after it left a direction, as the search for copies does).
+            That is true to rounding for a matrix that is linear, symmetric and the same in every
+            product, and nothing is left that would notice if it is not. In float32 the
+            estimates go on falling below what rounding lets the residuals reach.
         seed: Seed of the random directions, drawn on the CPU.
         start: Eigenspace of a similar matrix, such as the one some training steps ago, or a
             vector of shape [n]. The nearer, the fewer products. Default: a random vector.
         checkpoint: Folder that keeps the state of the iteration. If the process is killed, the
             same call goes on from there, after one product (not counted) that compares the
             operator, and gives the same bits. ``max_products`` and ``tol`` may be raised to go
-            on after an exhausted budget. The folder stays after success, so that a repeated
-            call costs little; remove it once the result is safe. It takes as much disk as
-            the basis takes memory.
+            on after an exhausted budget, where no product is repeated, and ``measure`` may be
+            passed later to certify what was found. The folder stays after success, so that a
+            repeated call costs little; remove it once the result is safe. It takes as much disk
+            as the basis takes memory.
         checkpoint_every: Products between two writes.
         progress: True for a bar, or a function of a ``Step``; see ``hessian.progress``.
         shards: Rows of the basis spread over ranks, see ``hessian.distributed``; every rank
             makes this call, and gets full vectors.
         backend: ``"pyhessian"`` runs PyHessian's power iteration on the same products; it leads
-            by magnitude only, knows no gap, and its residuals are measured like ours. It takes
+            by magnitude only, knows no gap, and its residuals are always measured. It takes
             ``k``, ``tol``, ``max_products`` and ``seed``.
 
     Returns:
@@ -114,10 +123,12 @@ def leading_eigenspace(
         raise ValueError(f"`k` must be between 1 and {n}, the size of the operator, got {k}.")
     if not tol > 0:
         raise ValueError(f"`tol` must be positive, got {tol}.")
-    if max_products < 2 * k:
+    fewest = 2 * k if measure else k
+    if max_products < fewest:
+        also = f" and {k} to measure them" if measure else ""
         raise ValueError(
-            f"`max_products` must be at least {2 * k}: {k} to span {k} pairs and {k} to measure "
-            f"them, got {max_products}."
+            f"`max_products` must be at least {fewest}: {k} to span {k} pairs{also}, got "
+            f"{max_products}."
         )
     if which not in ("magnitude", "largest", "smallest", "both"):
         raise ValueError(
@@ -135,6 +146,11 @@ def leading_eigenspace(
                 "`start`, `checkpoint` and `shards` must be left out for PyHessian, which knows "
                 'nothing like them. Use `backend="lanczos"`.'
             )
+        if not measure:
+            raise ValueError(
+                "`measure` must be True for PyHessian, which has no residuals of its own, got "
+                "False."
+            )
         return power_iteration(operator, k=k, tol=tol, max_products=max_products, seed=seed)
     if backend != "lanczos":
         raise ValueError(f'`backend` must be "lanczos" or "pyhessian", got "{backend}".')
@@ -145,17 +161,6 @@ def leading_eigenspace(
         )
     direction = None if start is None else _direction(start, operator)
     local_size, free = (n, None) if shards is None else _smallest_rank(operator, shards)
-    basis = basis_size(
-        max_basis,
-        k=k,
-        max_products=max_products,
-        size=n,
-        local_size=local_size,
-        dtype=operator.dtype,
-        device=operator.device,
-        columns=operator.columns is not None,
-        free=free,
-    )
     folder = None
     if checkpoint is not None:
         problem = {
@@ -166,10 +171,22 @@ def leading_eigenspace(
             "multiple": multiple,
             "seed": seed,
             "start": fingerprint(direction),
-            "max_basis": basis,
         }
         folder = Checkpoint(Path(checkpoint), problem, checkpoint_every)
-    task = Task(k, tol, max_products, basis, which, seed, multiple)
+        max_basis = folder.recorded_basis() if max_basis is None else max_basis
+    basis = basis_size(
+        max_basis,
+        k=k,
+        size=n,
+        local_size=local_size,
+        dtype=operator.dtype,
+        device=operator.device,
+        columns=operator.columns is not None,
+        free=free,
+    )
+    if folder is not None:
+        folder.problem["max_basis"] = basis
+    task = Task(k, tol, max_products, basis, which, seed, multiple, measure)
     with report_progress(progress, f"{k} eigenpairs") as update:
         iteration = ThickRestart(operator, task, direction, shards, folder, update)
         space = iteration.run()

@@ -19,6 +19,9 @@ SPARE = 6
 SMALL = 1 << 28
 """Bytes of a basis that is never worth a restart."""
 
+LARGE = 1000
+"""Vectors beyond which restarts cost less than the eigenvectors of T."""
+
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device, as well as the system tells."""
@@ -32,7 +35,6 @@ def basis_size(
     asked: int | None,
     *,
     k: int,
-    max_products: int,
     size: int,
     local_size: int,
     dtype: torch.dtype,
@@ -43,10 +45,10 @@ def basis_size(
     """Return the most vectors that a basis may have, or refuse before any product is made.
 
     Args:
-        asked: What the user wants, or None for a default: all that products could fill for small
-            problems, max(2 k + 20, 100) for large ones, fewer if memory is short.
+        asked: What the user wants, or None for a default that follows from k, the size and the
+            type alone: as many as 256 MiB hold up to 1000, and no fewer than max(2 k + 20, 100).
+            Only where that does not fit into 70 % of the free memory it is fewer.
         k: Number of pairs wanted.
-        max_products: More vectors than products are never there.
         size: Length n of a vector.
         local_size: Length of the part of it that a basis vector holds here.
         dtype: Type of the vectors.
@@ -77,7 +79,7 @@ def basis_size(
 
     free = free_memory(device) if free is None else free
     if asked is None:
-        usual = min(size, max_products, max(2 * k + 20, 100, SMALL // row))
+        usual = min(size, max(2 * k + 20, 100, min(SMALL // row, LARGE)))
         wanted = max(fewest, min(usual, fitting(int(DEFAULT_SHARE * free))))
     else:
         wanted = min(asked, size)

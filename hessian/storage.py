@@ -97,7 +97,9 @@ def load_eigenspace(path: str | Path) -> Eigenspace:
 def to_pandas(result: Eigenspace) -> Any:
     """Return a DataFrame with one row a pair: its value and its residual.
 
-    The table's ``attrs`` hold the gap, the number of products and whether all pairs converged.
+    The table's ``attrs`` hold everything else but the vectors: the gap, the number of products,
+    whether all pairs converged, how they lead, the chance that one was missed, and whether the
+    residuals were measured.
 
     Raises:
         ModuleNotFoundError: If pandas is not installed.
@@ -112,8 +114,10 @@ def to_pandas(result: Eigenspace) -> Any:
         {"value": result.values.cpu().numpy(), "residual": result.residuals.cpu().numpy()}
     )
     table.index.name = "pair"
-    for name in ("gap", "num_products", "converged"):
-        table.attrs[name] = getattr(result, name)
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        if not isinstance(value, Tensor):
+            table.attrs[field.name] = value
     return table
 
 

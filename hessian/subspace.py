@@ -16,14 +16,15 @@ Which = Literal["magnitude", "largest", "smallest", "both"]
 
 @dataclass(frozen=True)
 class Eigenspace:
-    """Leading eigenpairs of a symmetric matrix A, as measured by real products."""
+    """Leading eigenpairs of a symmetric matrix A, with residuals that say how good they are."""
 
     values: Float[Tensor, " k"]
     """Eigenvalues in float64, leading first."""
     vectors: Float[Tensor, "n k"]
     """Orthonormal eigenvectors, one a column."""
     residuals: Float[Tensor, " k"]
-    """‖A v − λ v‖₂ for every pair, from products made after the iteration, in units of A."""
+    """‖A v − λ v‖₂ for every pair, in units of A: from products made after the iteration, or, if
+    ``measured`` is False, what the iteration concludes from the products it made."""
     gap: float
     """Estimated distance from these eigenvalues to the rest of the spectrum, in units of A.
 
@@ -31,7 +32,7 @@ class Eigenspace:
     none, infinity where these are all eigenvalues.
     """
     num_products: int
-    """Products with A that were spent, the measuring of the residuals included."""
+    """Products with A that were spent, the measuring of the residuals included if it was done."""
     converged: bool
     """Whether every residual is at most the tolerance that was asked for."""
     which: Which = "magnitude"
@@ -40,6 +41,8 @@ class Eigenspace:
     """Bound on the chance that one more eigenvalue belongs here, as another copy of a multiple
     one or one that the start did not see; over the random directions tried. NaN if not tested, or
     tested in a basis too small for a bound."""
+    measured: bool = True
+    """Whether the residuals come from products of their own, which check the operator, too."""
 
     def project_sharp(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return V Vᵀ x, the part of x in the eigenspace. Costs 4 n k flops."""

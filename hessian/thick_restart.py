@@ -36,6 +36,12 @@ class Task:
     which: Which
     seed: int
     multiple: bool
+    measure: bool
+
+    @property
+    def reserve(self) -> int:
+        """Products that are kept for the residuals."""
+        return self.k if self.measure else 0
 
 
 @dataclass
@@ -61,6 +67,8 @@ class State:
     expected: int = 0
     goal: float = math.nan
     search: Search | None = None
+    ended: bool = False
+    """Whether the budget ended before the Ritz values of the last product were looked at."""
 
 
 @dataclass
@@ -90,12 +98,9 @@ class ThickRestart:
         self.basis = self._begin()
         state, task = self.state, self.task
         while True:
-            self.basis.extend()
-            state.products += 1
-            m = len(self.basis)
-            if state.search is not None:
-                beta = 0.0 if self.basis.exhausted else self.basis.beta
-                state.search.step(float(self.basis.T[m - 1, m - 1]), beta)
+            if not state.ended:
+                self._step()
+            state.ended = False
             space = self._look()
             expected = state.products if space else state.expected or task.max_products
             self.update(
@@ -105,6 +110,13 @@ class ThickRestart:
                 return space
             if self.checkpoint is not None:
                 self.checkpoint.save(self.basis, state)
+
+    def _step(self) -> None:
+        self.basis.extend()
+        self.state.products += 1
+        if self.state.search is not None:
+            beta = 0.0 if self.basis.exhausted else self.basis.beta
+            self.state.search.step(float(self.basis.T[-1, -1]), beta)
 
     def _begin(self) -> KrylovBasis:
         first = (
@@ -126,7 +138,7 @@ class ThickRestart:
         """Look at the Ritz values if it is time to, decide how to go on; the result once done."""
         basis, state, task = self.basis, self.state, self.task
         m = len(basis)
-        final = state.products + task.k >= task.max_products
+        final = self._spent
         complete = m == self.operator.size
         full = m + len(basis.abandoned) >= task.max_basis < self.operator.size
         due = state.products >= state.next_check
@@ -134,6 +146,11 @@ class ThickRestart:
             due |= not state.search.cut_short and state.search.chance <= RISK
         if not (due or final or complete or full or basis.exhausted):
             return None
+        if final and self.checkpoint is not None:
+            # Before anything is decided, so that with more products all comes as if there had
+            # been more from the beginning.
+            state.ended = True
+            self.checkpoint.save(basis, state, at_once=True)
         values, vectors = basis.ritz()
         order = leading_order(values, task.which)
         if m < task.k:
@@ -145,12 +162,12 @@ class ThickRestart:
         self._plan(estimate)
         self._judge_search(values, order, vectors, complete=complete)
         if final or complete:
-            return self._measure(values, order, C)
+            return self._result(values, order, C)
         if state.search is None and estimate <= min(state.goal, state.retry_below):
             if task.multiple and state.tested_merit is None:
                 self._begin_search(values, order, vectors)
                 return None
-            space = self._measure(values, order, C)
+            space = self._result(values, order, C)
             # After a disappointment (rounding in float32) once more when the estimates are lower,
             # and again only if that helped.
             residual = float(space.residuals.max())
@@ -171,7 +188,7 @@ class ThickRestart:
 
     @property
     def _spent(self) -> bool:
-        return self.state.products + self.task.k >= self.task.max_products
+        return self.state.products + self.task.reserve >= self.task.max_products
 
     def _plan(self, estimate: float) -> None:
         """Choose when to look next, and how many products to expect, from how estimates fall."""
@@ -183,7 +200,7 @@ class ThickRestart:
             left = max(0.0, math.log(estimate / state.goal) / rate) if state.goal > 0 else 0.0
             # Looking costs little beside a product, and a product too many costs one.
             pause = min(pause, max(1, int(min(left, m) / 2))) if state.search is None else pause
-            total = state.products + left + self.task.k
+            total = state.products + left + self.task.reserve
             state.expected = int(min(math.ceil(total), self.task.max_products))
         state.last_products, state.last_estimate = state.products, estimate
         state.next_check = state.products + pause
@@ -245,8 +262,8 @@ class ThickRestart:
             self.state.search.cut_short, self.state.missed = True, math.nan
         self.basis.compress(vectors[:, order[:keep]])
 
-    def _measure(self, values: Array, order: Indices, C: Array) -> Eigenspace:
-        """Make k products for the residuals."""
+    def _result(self, values: Array, order: Indices, C: Array) -> Eigenspace:
+        """Return the leading pairs, their residuals measured by k products or taken from T."""
         found = self.basis.combine(C)
         for v in found.unbind(dim=1):
             # One sign convention, so that figures and resumed runs agree.
@@ -256,7 +273,20 @@ class ThickRestart:
         gap = math.inf if k == n else math.nan
         if len(rest):
             gap = float(np.abs(kept[:, None] - rest[None, :]).min())
-        self.state.products += k
+        self.state.products += self.task.reserve
+        if not self.task.measure:
+            residuals = torch.from_numpy(self.basis.residuals(C)).to(found.device)
+            return Eigenspace(
+                torch.from_numpy(kept).to(found.device),
+                found,
+                residuals,
+                gap,
+                self.state.products,
+                bool(float(residuals.max()) <= self.state.goal),
+                self.task.which,
+                self.state.missed,
+                measured=False,
+            )
         return measured_eigenspace(
             self.operator,
             found,

@@ -251,6 +251,52 @@ def test_an_exhausted_budget_is_kept_and_said(max_products):
     torch.testing.assert_close(space.residuals, R.norm(dim=0), rtol=1e-8, atol=1e-13)
 
 
+@pytest.mark.parametrize("which", [*WHICH, "both"])
+@pytest.mark.parametrize("max_basis", [None, 13])
+@pytest.mark.parametrize("multiple", [False, True])
+def test_residuals_that_are_not_measured_are_those_that_would_have_been(which, max_basis, multiple):
+    A = with_spectrum(torch.cat([torch.tensor([2.0, -1.5]), torch.linspace(-1, 1, 98) ** 3]))
+    options = {"k": 4, "tol": 1e-6, "which": which, "max_basis": max_basis, "multiple": multiple}
+    whole = leading_eigenspace(counted(A)[0], **options)
+    operator, products = counted(A)
+    space = leading_eigenspace(operator, measure=False, **options)
+    assert space.num_products == len(products) == whole.num_products - 4
+    assert (space.measured, whole.measured) == (False, True)
+    assert space.first(2).measured is False
+    assert space.converged
+    assert torch.equal(space.vectors, whole.vectors)
+    torch.testing.assert_close(space.values, whole.values, rtol=0, atol=1e-14)
+    exact = (A @ space.vectors - space.vectors * space.values).norm(dim=0)
+    if multiple:  # after the search two directions lead out of the basis: a bound
+        assert torch.all(space.residuals >= exact - 1e-14)
+        assert float(space.residuals.max()) <= 1e-6 * 2
+    else:
+        torch.testing.assert_close(space.residuals, exact, rtol=0, atol=1e-14)
+        assert float(exact.max()) > 1e-9  # far above rounding, so that they say something
+    assert (space.gap, space.which) == (whole.gap, which)
+
+
+@pytest.mark.parametrize("max_products", [2, 3, 9])
+def test_without_measuring_the_whole_budget_spans_pairs(max_products):
+    A = with_spectrum(torch.linspace(0, 1, 300))
+    operator, products = counted(A)
+    expected = []
+    with pytest.warns(ConvergenceWarning, match="largest residual of .*Raise `max_products`"):
+        space = leading_eigenspace(
+            operator,
+            k=2,
+            tol=1e-10,
+            max_products=max_products,
+            measure=False,
+            progress=lambda step: expected.append(step.expected),
+        )
+    assert space.num_products == len(products) == max_products
+    assert max(expected) == expected[-1] == max_products
+    assert not space.converged
+    R = A @ space.vectors - space.vectors * space.values
+    torch.testing.assert_close(space.residuals, R.norm(dim=0), rtol=1e-10, atol=1e-14)
+
+
 def test_float32_says_that_it_cannot_reach_further():
     A = with_spectrum(torch.linspace(0, 1, 100)).float()
     operator, products = counted(A)
@@ -325,7 +371,9 @@ def test_start_in_an_invariant_subspace_does_not_hide_the_rest():
         ({"k": 6}, "`k` must be between 1 and 5.*got 6"),
         ({"k": 2, "tol": 0.0}, "`tol` must be positive, got 0.0"),
         ({"k": 2, "tol": float("nan")}, "`tol` must be positive, got nan"),
-        ({"k": 2, "max_products": 3}, "`max_products` must be at least 4.*got 3"),
+        ({"k": 2, "max_products": 3}, "`max_products` must be at least 4: 2 to .* 2 to .*got 3"),
+        ({"k": 2, "max_products": 1, "measure": False}, "must be at least 2: 2 to .* pairs, got 1"),
+        ({"k": 2, "measure": False, "backend": "pyhessian"}, "`measure` must be True for PyHess"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

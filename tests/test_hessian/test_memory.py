@@ -12,11 +12,10 @@ from tests.oracles import counted, with_spectrum
 GIB = 2**30
 
 
-def size(asked=None, *, k=10, n=30_000_000, columns=False, local=None, products=1000):
+def size(asked=None, *, k=10, n=30_000_000, columns=False, local=None):
     return memory.basis_size(
         asked,
         k=k,
-        max_products=products,
         size=n,
         local_size=local or n,
         dtype=torch.float32,
@@ -36,11 +35,19 @@ def free(monkeypatch):
 def test_defaults_hold_small_problems_whole_and_large_ones_a_hundred_vectors(free):
     free(1000)
     assert size(n=50) == 50
-    assert size(n=1510) == 1000  # all that the products could fill
-    assert size(n=1510, products=200) == 200
+    assert size(n=1510) == 1000
+    assert size(n=1510, k=600) == 1220
     assert size(n=10_000_000) == 100
     assert size(n=10_000_000, k=90) == 200
     assert size(n=266_610) == 2**28 // (4 * 266_610)
+
+
+def test_a_default_is_the_same_whatever_is_free_as_long_as_it_fits(free):
+    for gib in (7, 8, 9.5, 100):
+        free(gib)
+        assert size(n=10_000_000) == 100
+    free(6)
+    assert size(n=10_000_000) < 100
 
 
 def test_a_default_shrinks_with_the_memory_and_a_wish_is_refused(free):

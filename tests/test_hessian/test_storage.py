@@ -20,7 +20,7 @@ from tests.oracles import with_spectrum
 A = with_spectrum([4.0, -3.0, 2.0, 1.0, 0.5])
 
 
-def space(dtype=torch.float64, gap=0.25, converged=True):
+def space(dtype=torch.float64, gap=0.25, converged=True, **evidence):
     generator = torch.Generator().manual_seed(0)
     return Eigenspace(
         torch.tensor([4.0, -0.0, 1 / 3], dtype=torch.float64),
@@ -29,6 +29,7 @@ def space(dtype=torch.float64, gap=0.25, converged=True):
         gap,
         12,
         converged,
+        **evidence,
     )
 
 
@@ -51,9 +52,18 @@ def test_what_is_read_is_what_was_written_to_the_last_bit(tmp_path, gap, dtype):
     assert_same(load_eigenspace(save(written, tmp_path / "new" / "space.safetensors")), written)
 
 
-@pytest.mark.parametrize("which", ["magnitude", "smallest"])
-def test_a_real_eigenspace_survives_and_projects_alike(tmp_path, which):
-    written = leading_eigenspace(Operator.from_matrix(A), k=2, which=which)
+@pytest.mark.parametrize("missed", [math.nan, 0.0, 1e-4])
+def test_all_evidence_is_kept(tmp_path, missed):
+    written = space(which="both", missed=missed, measured=False)
+    read = load_eigenspace(save(written, tmp_path / "a"))
+    assert_same(read, written)
+    assert (read.which, read.measured) == ("both", False)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize("which", ["magnitude", "smallest", "both"])
+def test_a_real_eigenspace_survives_and_projects_alike(tmp_path, which, measure):
+    written = leading_eigenspace(Operator.from_matrix(A), k=2, which=which, measure=measure)
     read = load_eigenspace(save(written, str(tmp_path / "space.safetensors")))
     assert_same(read, written)
     x = torch.ones(5).double()
@@ -115,11 +125,18 @@ def test_a_file_of_another_version_names_the_field_and_the_version(tmp_path):
 
 
 def test_the_table_has_a_row_a_pair():
-    table = to_pandas(space(gap=math.inf, converged=False))
+    table = to_pandas(space(gap=math.inf, converged=False, missed=1e-4, measured=False))
     assert list(table.columns) == ["value", "residual"]
     assert table["value"].tolist() == [4.0, -0.0, 1 / 3]
     assert table["residual"].tolist() == [1e-9, 5e-324, 0.1]
-    assert table.attrs == {"gap": math.inf, "num_products": 12, "converged": False}
+    assert table.attrs == {
+        "gap": math.inf,
+        "num_products": 12,
+        "converged": False,
+        "which": "magnitude",
+        "missed": 1e-4,
+        "measured": False,
+    }
 
 
 def test_without_pandas_the_cure_is_named(monkeypatch):
