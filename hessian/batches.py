@@ -117,6 +117,13 @@ def batch_length(batch: Batch) -> int:
     )
 
 
+def first_samples(batch: Batch, number: int) -> Batch:
+    """Return the first samples of a batch: every tensor as long as the batch is cut."""
+    length = batch_length(batch)
+    cut: Batch = map_tensors(batch, lambda t: t[:number] if t.ndim and len(t) == length else t)
+    return cut
+
+
 def to_device(value: T, device: torch.device) -> T:
     """Return ``value`` with every tensor in it, however nested, on ``device``."""
     # Only towards the GPU: the CPU would read a copy that has not arrived yet.

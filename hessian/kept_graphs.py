@@ -3,12 +3,14 @@
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from hessian.batches import Batch, map_tensors
+from hessian.batches import Batch, batch_length, first_samples, map_tensors
 from hessian.determinism import require_fixed_modules
 from hessian.double_backward import differentiable_twice
 from hessian.errors import NonDeterministicError
@@ -117,13 +119,11 @@ class KeptGraphs(ABC, Generic[Graph]):
         if budget is None:
             budget = int(FREE_SHARE * free_memory(self._objective.device))
         kept: list[Graph | None] = []
-        bytes_per_element = 0.0
+        size_of: Callable[[Batch], int] | None = None
         self.complete = budget > 0
         for place, batch in enumerate(self._objective.batches()) if self.complete else ():
-            elements = max(_num_elements(batch), 1)
-            if not kept:
-                bytes_per_element = self._measure(batch) / elements
-            size = math.ceil(bytes_per_element * elements)
+            size_of = size_of or self._size_of_graphs(batch)
+            size = size_of(batch)
             if self.bytes + size > budget:
                 self.complete = False
                 break
@@ -179,6 +179,21 @@ class KeptGraphs(ABC, Generic[Graph]):
 
     marked = "The loss"
     """What the number is that `_build` returns."""
+
+    def _size_of_graphs(self, batch: Batch) -> Callable[[Batch], int]:
+        """Return how many bytes the graph of a batch holds, as learned from a part of one batch."""
+        length = batch_length(batch)
+        points = []
+        for samples in (length // 16, length // 8):
+            if samples > 0:
+                with suppress(Exception):  # a batch that cannot be cut is measured whole
+                    part = first_samples(batch, samples)
+                    points.append((_num_elements(part), self._measure(part)))
+        if len(points) < 2 or points[0][0] >= points[1][0]:
+            points = [(0, 0), (max(_num_elements(batch), 1), self._measure(batch))]
+        (few, small), (more, large) = points
+        slope = max(large - small, 0) / (more - few)
+        return lambda other: math.ceil(small + slope * (_num_elements(other) - few))
 
     def _measure(self, batch: Batch) -> int:
         """Bytes that the graph of one batch holds, from a graph that is thrown away."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
-from hessian.batches import Batch, batch_length, map_tensors
+from hessian.batches import Batch, first_samples
 from hessian.differences import CentralDifferences, difference_quotient
 from hessian.double_backward import differentiable_twice, graph_nodes, require_second_derivative
 from hessian.errors import SecondDerivativeError
@@ -181,9 +181,8 @@ def _custom_functions(tensor: Tensor) -> set[str]:
 
 def _few_samples(objective: Objective, w: Tensor, batch: Batch) -> Batch:
     """Return the first two samples of a batch, or the whole of it where it cannot be cut."""
-    length = batch_length(batch)
-    few: Batch = map_tensors(batch, lambda t: t[:2] if t.ndim and len(t) == length else t)
     try:
+        few = first_samples(batch, 2)
         with torch.no_grad():
             objective.batch_total(w, few)
     except Exception:
