@@ -146,7 +146,7 @@ class _Draws:
 
     def _drawn(self, i: int, z: Tensor, y: Tensor) -> list[Tensor]:
         # A batch has the same draws on whichever rank it is.
-        place = self._objective._places[i]
+        place = self._objective.places[i]
         seeds = torch.Generator().manual_seed(self._seed)
         seed = int(torch.randint(1 << 62, (place + 1,), generator=seeds)[place])
         generator = torch.Generator().manual_seed(seed)

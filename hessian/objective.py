@@ -1,7 +1,7 @@
 """The training loss as a function of one flat vector of weights, with its derivatives."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -123,6 +123,8 @@ class Objective:
     """Number of samples in the data, over all ranks."""
     normalizer: float
     """What sums over all batches are divided by: what they count for together, on all ranks."""
+    places: Sequence[int]
+    """Places in the data of the batches that this rank works on."""
 
     def __init__(
         self,
@@ -157,7 +159,7 @@ class Objective:
             require_repeatable(self._data)
             lengths, weight = self._survey()
         self.normalizer = float(self.ranks.gather([weight]).sum())
-        self._places, self._batch_lengths = self._arrange(lengths, split)
+        self.places, self._batch_lengths = self._arrange(lengths, split)
         self.num_samples = sum(self._batch_lengths)
         if self.num_samples == 0:
             raise ValueError("`data` must hold at least one sample, got none.")
@@ -209,8 +211,13 @@ class Objective:
         L is the mean of these, each weighted with what its batch counts for. A batch that counts
         for nothing has the regulariser alone.
         """
-        weight = self._criterion.weight(batch)
-        return self.batch_total(w, batch) / (weight or 1.0) + self.regularization(w)
+        return self.batch_total(w, batch) / (self.batch_weight(batch) or 1.0) + (
+            self.regularization(w)
+        )
+
+    def batch_weight(self, batch: Batch) -> float:
+        """Return what a batch counts for: its samples, or what ``count`` says."""
+        return self._criterion.weight(batch)
 
     def batch_total(self, w: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted sum of one batch's losses at weights w; differentiable in w.
@@ -222,7 +229,7 @@ class Objective:
 
     def batch_total_at(self, weights: dict[str, Tensor], batch: Batch) -> Float[Tensor, ""]:
         """Return ``batch_total`` for the weights by name; differentiable in each of them."""
-        if self._criterion.weight(batch) == 0:  # its mean would be NaN
+        if self.batch_weight(batch) == 0:  # its mean would be NaN
             return torch.stack([part.reshape(-1)[:0].sum() for part in weights.values()]).sum()
         return self.total_from_output(self._output_at(weights, batch), batch)
 
@@ -338,7 +345,7 @@ class Objective:
             ]
             totals = self._in_place([part.sum() for part in parts])
             losses = totals.new_zeros(self.num_samples)
-            for place, part in zip(self._places, parts, strict=True):
+            for place, part in zip(self.places, parts, strict=True):
                 losses[ends[place] - len(part) : ends[place]] = part
         self._mean(totals, w)
         return self.reduce_(losses) * (self.num_samples / self.normalizer)
@@ -391,7 +398,7 @@ class Objective:
         w = self.weights()
         for i, batch in enumerate(self.batches()):
             lengths.append(batch_length(batch))
-            weight += self._criterion.weight(batch)
+            weight += self.batch_weight(batch)
             with torch.no_grad():
                 if i == 0:
                     first, output = batch, self._checked_output(w, batch)
@@ -413,13 +420,13 @@ class Objective:
 
     def _in_place(self, totals: list[Tensor]) -> Tensor:
         """Sums of this rank's batches in the places that they have among all; zero elsewhere."""
-        if len(totals) != len(self._places):
+        if len(totals) != len(self.places):
             raise NonDeterministicError(
                 f"`data` must give the same batches in every pass, got {len(totals)} of them and "
-                f"{len(self._places)} before."
+                f"{len(self.places)} before."
             )
         out = torch.zeros(len(self._batch_lengths), dtype=torch.float64, device=self.device)
-        for place, total in zip(self._places, totals, strict=True):
+        for place, total in zip(self.places, totals, strict=True):
             out[place] = total.to(torch.float64)
         return out
 

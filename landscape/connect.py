@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from hessian.batches import Batch, batch_length
+from hessian.batches import Batch
 from hessian.determinism import require_fixed_modules
 from hessian.errors import NonFiniteError
 from hessian.objective import Objective
@@ -103,7 +103,7 @@ def train_bezier(
                 )
             velocity.mul_(momentum).add_(gradient)
             points[1:-1].sub_(velocity, alpha=rate)
-            losses[epoch] += loss * batch_length(batches[i]) / objective.num_samples
+            losses[epoch] += loss * objective.batch_weight(batches[i]) / objective.normalizer
         if progress is not None:
             progress(epoch + 1, epochs)
     return ConnectedCurve(BezierCurve(points), losses, epochs * len(batches))

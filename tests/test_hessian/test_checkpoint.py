@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hessian import ConvergenceWarning, Operator, leading_eigenspace, memory
+from hessian import ConvergenceWarning, Operator, leading_eigenspace, memory, thick_restart
 from hessian.checkpoint import Checkpoint
+from hessian.thick_restart import random_direction
 from tests.oracles import counted, with_spectrum
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +144,43 @@ def test_an_end_at_any_product_changes_nothing(tmp_path, start):
         assert same(resumed, whole), difference(resumed, whole)
         # Made again: what came after the last write, which may be the measuring, and the check.
         assert len(products) <= whole.num_products - fatal + 1 + (3 + 4) + 1
+
+
+def test_random_directions_go_on_where_they_were(tmp_path, monkeypatch):
+    # The first search finds copies, so a second one draws another direction.
+    d = torch.cat([torch.full((4,), 3.0), torch.linspace(0, 1, 56) ** 2]).double()
+
+    def operator(fatal=0):
+        count = itertools.count(1)
+
+        def product(v):
+            if next(count) == fatal:
+                raise Killed
+            return d * v
+
+        return Operator(product, len(d), d.dtype, d.device)
+
+    seeds = []
+
+    def noted(operator, seed):
+        seeds.append(seed)
+        return random_direction(operator, seed)
+
+    monkeypatch.setattr(thick_restart, "random_direction", noted)
+    options = {"k": 4, "tol": 1e-9, "checkpoint_every": 1}
+    whole = leading_eigenspace(operator(), **options)
+    drawn = list(seeds)
+    assert len(set(drawn)) == len(drawn) >= 3
+    for fatal in range(2, whole.num_products, 4):
+        seeds.clear()
+        with pytest.raises(Killed):
+            leading_eigenspace(operator(fatal), checkpoint=tmp_path / f"{fatal}", **options)
+        before = list(seeds)
+        seeds.clear()
+        resumed = leading_eigenspace(operator(), checkpoint=tmp_path / f"{fatal}", **options)
+        # The start is made anew, and not used; nothing else is drawn twice.
+        assert [*before, *seeds[1:]] == drawn
+        assert same(resumed, whole), difference(resumed, whole)
 
 
 def test_an_end_during_any_write_changes_nothing(tmp_path, monkeypatch):

@@ -177,6 +177,27 @@ def test_the_basis_never_grows_beyond_what_was_asked_for(monkeypatch):
 
 # Multiple eigenvalues ----------------------------------------------------------------------------
 
+
+def clustered(seed):
+    """Up to 8 leading values of up to 4 copies, and 40 small ones; and how many are asked for."""
+    rng = np.random.default_rng(seed)
+    groups = [(rng.uniform(-10, 10), int(rng.integers(1, 5))) for _ in range(rng.integers(3, 9))]
+    values = [x for x, copies in groups for _ in range(copies)]
+    return torch.tensor([*values, *rng.uniform(-1, 1, 40)]).double(), int(rng.integers(1, 7))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_basis_without_room_goes_on_where_most_is_left(seed):
+    # What a search leaves open is to be followed, or a small basis never settles.
+    d, k = clustered(seed)
+    operator = Operator(lambda v: d * v, len(d), d.dtype, d.device)
+    space = leading_eigenspace(operator, k=k, tol=1e-8, max_basis=k + 6, seed=seed)
+    exact = torch.tensor(led_by(d, "magnitude", k), dtype=torch.float64)
+    torch.testing.assert_close(comparable(space), exact, rtol=0, atol=1e-7 * float(exact[0]))
+    assert space.converged
+    assert space.num_products <= 300
+
+
 clusters = st.lists(
     st.tuples(
         st.floats(-10, 10, allow_subnormal=False),
