@@ -6,7 +6,7 @@ ORACLE := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops li
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint docs bench notebooks clean
+.PHONY: help demo test check lint docs bench bench-peers bench-gpu notebooks clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,7 @@ demo: $(STAMP)   ## the main study on built-in data: figures, tables and report 
 	$(BIN)/flatvalley verify --out runs/demo
 
 test: $(STAMP)   ## every test, notebooks included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(STAMP)   ## style, types and import layers
 	$(BIN)/ruff check .
@@ -40,9 +40,26 @@ check: lint docs test   ## exactly what CI runs
 bench: $(STAMP)  ## the benchmarks, results printed as ratios within one run
 	$(BIN)/python benchmarks/eigensolvers.py
 	$(BIN)/python benchmarks/grda_step.py
+	$(BIN)/python benchmarks/traces.py
+	$(BIN)/python benchmarks/solver_overhead.py
+
+# The peers live apart from .venv, and without their dependencies, which would replace torch.
+PEERS := .peers/.installed
+$(PEERS): benchmarks/peers.txt constraints.txt
+	rm -rf .peers
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[data]'
+	.peers/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	touch $(PEERS)
+
+bench-peers: $(PEERS)  ## whole libraries against ours; hours, goes on where it was stopped
+	.peers/bin/python benchmarks/hessian_peers.py --direct mlp
+
+bench-gpu: $(PEERS)  ## the same on a CUDA device
+	.peers/bin/python benchmarks/hessian_gpu.py
 
 notebooks: $(STAMP)   ## execute the notebooks and renew the .ipynb beside each source
 	cd notebooks && ../$(BIN)/jupytext --to ipynb [0-9]*.py && ../$(BIN)/jupyter-execute --inplace [0-9]*.ipynb
 
 clean:           ## remove everything the other targets made
-	rm -rf .venv runs docs/_build docs/_notebooks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .peers runs docs/_build docs/_notebooks .pytest_cache .mypy_cache .ruff_cache

@@ -373,7 +373,7 @@ def test_interrupt_says_how_to_go_on_and_the_next_call_does(folder, tmp_path):
         [sys.executable, "-c", PROGRAM, "spectrum", *options, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "SLOW": "0.03", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "SLOW": "0.1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     deadline = time.monotonic() + 60
     while not (out / "eigenspace.checkpoint" / "checkpoint.json").exists():
