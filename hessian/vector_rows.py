@@ -11,10 +11,13 @@ ROWS = 8
 """Rows of a block: growing by one block never holds an old and a new copy of all vectors."""
 
 SLAB = 1 << 14
-"""Entries of every row that are rotated at a time, so that no second set of rows is needed."""
+"""Entries of every row that are combined at a time, so that they are read from memory once."""
 
-CHUNK = 1 << 18
+CHUNK = 1 << 15
 """Entries that are summed in float64 at a time: their copies stay in the cache."""
+
+DEVICE_CHUNK = 1 << 22
+"""The same on an accelerator, where many small steps cost more than the memory of a copy."""
 
 
 class VectorRows:
@@ -60,14 +63,27 @@ class VectorRows:
                 out.addmv_(rows.T, c, alpha=-1)
         return v.clone() if out is None else out
 
+    def without_few(self, v: Tensor, coefficients: npt.NDArray[np.float64]) -> Tensor:
+        """Return v − Qᵀ c as a new vector; reads only what lies between entries that count."""
+        out = v.clone()
+        for first, rows in self._used():
+            entries = np.flatnonzero(coefficients[first : first + len(rows)])
+            if len(entries):
+                low, high = int(entries[0]), int(entries[-1]) + 1
+                c = self._matrix(coefficients[first + low : first + high])
+                out.addmv_(rows[low:high].T, c, alpha=-1)
+        return out
+
     def combine(self, coefficients: npt.NDArray[np.float64]) -> Tensor:
         """Return Qᵀ C for C of shape [m] or [m, k]; every column lies in one piece."""
         C = self._matrix(coefficients)
         if C.ndim == 1:
             return self.without(torch.zeros(self.size, dtype=self.dtype, device=self.device), -C)
         out = torch.zeros((C.shape[1], self.size), dtype=self.dtype, device=self.device)
-        for first, rows in self._used():
-            out.addmm_(C[first : first + len(rows)].T, rows)
+        for begin in range(0, self.size, SLAB):
+            part = slice(begin, begin + SLAB)
+            for first, rows in self._used():
+                out[:, part].addmm_(C[first : first + len(rows)].T, rows[:, part])
         return out.T
 
     def rotate_(self, coefficients: npt.NDArray[np.float64]) -> None:
@@ -106,7 +122,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.dot(x.double(), y.double()) for x, y in parts]).sum()
 
 
-def chunks(v: Tensor, length: int = CHUNK) -> Iterator[Tensor]:
-    """Yield the consecutive parts of a vector."""
+def chunks(v: Tensor, length: int | None = None) -> Iterator[Tensor]:
+    """Yield the consecutive parts of a vector, of a length that suits its device."""
+    length = length or (CHUNK if v.device.type == "cpu" else DEVICE_CHUNK)
     for begin in range(0, len(v), length):
         yield v[begin : begin + length]
