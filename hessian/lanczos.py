@@ -132,7 +132,8 @@ class KrylovBasis:
             self._T = np.pad(self._T, (0, m))
         self._T[m, :m] = self._T[:m, m] = column
         self._T[m, m] = alpha
-        r, beta = self._orthogonalised(self.rows.without_few(r, self.T[:, m]))
+        r = self.rows.without_few(r, self.T[:, m])
+        beta = self._orthogonalise_(r)
         self.largest_alpha = max(self.largest_alpha, abs(alpha))
         self.largest_beta = max(self.largest_beta, beta)
         if m + 1 == self.operator.size:
@@ -149,7 +150,8 @@ class KrylovBasis:
         if len(self) == self.operator.size:
             return False
         part = direction if self.shards is None else self.shards.local(direction)
-        r, norm = self._orthogonalised(part / self.norm(part))
+        r = part / self.norm(part)
+        norm = self._orthogonalise_(r)
         if norm <= math.sqrt(torch.finfo(self.operator.dtype).eps):
             return False
         if self.current is not None:
@@ -185,7 +187,8 @@ class KrylovBasis:
         if self.current and self._left(self.current, coefficients).max() >= sizes[best]:
             return
         chosen = self.abandoned.pop(best)
-        r, norm = self._orthogonalised(chosen.vector)
+        r = chosen.vector
+        norm = self._orthogonalise_(r)
         if self.current is not None:
             self.abandoned.append(self.current)
             self.current = None
@@ -226,15 +229,16 @@ class KrylovBasis:
         scale = self.largest_alpha + self.largest_beta
         return 10.0 * torch.finfo(self.operator.dtype).eps * scale
 
-    def _orthogonalised(self, r: Tensor) -> tuple[Tensor, float]:
+    def _orthogonalise_(self, r: Tensor) -> float:
         for _ in range(2):
             c = self.rows.coefficients(r)
             c = c if self.shards is None else self.shards.sum(c)
-            r = self.rows.without(r, c)
+            self.rows.take_from_(r, c)
             norm = self.norm(r)
+            # The rows are orthonormal: c is as long as what was taken away.
             if float(c.norm()) <= REPEAT * norm:
                 break
-        return r, norm
+        return norm
 
     def _left(self, remainder: Remainder, coefficients: Array) -> Array:
         return remainder.norm * np.abs(remainder.couplings @ coefficients)

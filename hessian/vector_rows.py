@@ -48,24 +48,27 @@ class VectorRows:
         return row
 
     def coefficients(self, v: Tensor) -> Tensor:
-        """Return Q v, the dot products of every row with v."""
-        return torch.cat([rows @ v for _, rows in self._used()])
+        """Return Q v, the dot products of every row with v, in float64.
 
-    def without(self, v: Tensor, coefficients: Tensor) -> Tensor:
-        """Return v − Qᵀ c as a new vector."""
-        out: Tensor | None = None
+        Summed in float64 over chunks: a float32 sum over millions of entries loses the small ones
+        after a large one, and with them the orthogonality of the basis.
+        """
+        length = self.size if self.dtype == torch.float64 else _chunk_length(self.device)
+        total = torch.zeros(self._count, dtype=torch.float64, device=self.device)
+        for begin in range(0, self.size, length):
+            part = slice(begin, begin + length)
+            total += torch.cat([rows[:, part] @ v[part] for _, rows in self._used()])
+        return total
+
+    def take_from_(self, v: Tensor, coefficients: Tensor) -> None:
+        """Make v − Qᵀ c of v, which is no row."""
+        coefficients = coefficients.to(self.dtype)
         for first, rows in self._used():
-            c = coefficients[first : first + len(rows)]
-            # v itself may be a row: a product may return its argument.
-            if out is None:
-                out = torch.addmv(v, rows.T, c, alpha=-1)
-            else:
-                out.addmv_(rows.T, c, alpha=-1)
-        return v.clone() if out is None else out
+            v.addmv_(rows.T, coefficients[first : first + len(rows)], alpha=-1)
 
     def without_few(self, v: Tensor, coefficients: npt.NDArray[np.float64]) -> Tensor:
-        """Return v − Qᵀ c as a new vector; reads only what lies between entries that count."""
-        out = v.clone()
+        """Return v − Qᵀ c as a new vector, quickly where most of c is zero."""
+        out = v.clone()  # v itself may be a row: a product may return its argument
         for first, rows in self._used():
             entries = np.flatnonzero(coefficients[first : first + len(rows)])
             if len(entries):
@@ -78,7 +81,9 @@ class VectorRows:
         """Return Qᵀ C for C of shape [m] or [m, k]; every column lies in one piece."""
         C = self._matrix(coefficients)
         if C.ndim == 1:
-            return self.without(torch.zeros(self.size, dtype=self.dtype, device=self.device), -C)
+            out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+            self.take_from_(out, -C)
+            return out
         out = torch.zeros((C.shape[1], self.size), dtype=self.dtype, device=self.device)
         for begin in range(0, self.size, SLAB):
             part = slice(begin, begin + SLAB)
@@ -124,6 +129,10 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def chunks(v: Tensor, length: int | None = None) -> Iterator[Tensor]:
     """Yield the consecutive parts of a vector, of a length that suits its device."""
-    length = length or (CHUNK if v.device.type == "cpu" else DEVICE_CHUNK)
+    length = length or _chunk_length(v.device)
     for begin in range(0, len(v), length):
         yield v[begin : begin + length]
+
+
+def _chunk_length(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else DEVICE_CHUNK

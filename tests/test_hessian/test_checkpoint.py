@@ -167,6 +167,7 @@ def test_random_directions_go_on_where_they_were(tmp_path, monkeypatch):
         return random_direction(operator, seed)
 
     monkeypatch.setattr(thick_restart, "random_direction", noted)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     options = {"k": 4, "tol": 1e-9, "checkpoint_every": 1}
     whole = leading_eigenspace(operator(), **options)
     drawn = list(seeds)

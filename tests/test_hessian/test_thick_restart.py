@@ -12,6 +12,7 @@ from hessian.lanczos import KrylovBasis
 from hessian.missed_eigenvalues import Search
 from hessian.progress import Step
 from hessian.thick_restart import leading_order, merit, random_direction
+from hessian.vector_rows import VectorRows
 from tests.oracles import counted, digits_hessian, digits_leading, with_spectrum
 
 WHICH = ["magnitude", "largest", "smallest", "both"]
@@ -91,6 +92,41 @@ def test_the_basis_stays_orthonormal_where_one_pass_of_gram_schmidt_would_not_do
         basis.extend()
     # With one pass the rows are copies of each other: 1.0.
     assert orthonormality(torch.stack([basis.rows[i] for i in range(60)], dim=1)) < 1e-14
+
+
+def test_one_pass_is_made_where_one_is_enough(monkeypatch):
+    passes = []
+    coefficients = VectorRows.coefficients
+
+    def counting(self, v):
+        passes.append(len(self))
+        return coefficients(self, v)
+
+    monkeypatch.setattr(VectorRows, "coefficients", counting)
+    basis = KrylovBasis(Operator.from_matrix(with_spectrum(normal(100))), normal(100))
+    for _ in range(60):
+        basis.extend()
+    assert passes == list(range(1, 61))
+    assert orthonormality(torch.stack([basis.rows[i] for i in range(60)], dim=1)) < 1e-14
+
+
+def test_float32_stays_orthonormal_over_many_entries_behind_a_few_large_ones():
+    # Sharp directions in ten weights of a million: the small rest of a dot product counts, too.
+    n, top = 1_000_000, torch.arange(10, 0, -1) ** 1.5 + 3
+    bulk = torch.linspace(0, 0.8, n) ** 2
+
+    def product(v):
+        out = v * bulk
+        out[:10] += top * v[:10]
+        return out
+
+    space = leading_eigenspace(
+        Operator(product, n, torch.float32, torch.device("cpu")), k=10, tol=1e-4, multiple=False
+    )
+    assert space.converged
+    # Summed in float32 it is 6e-5, and 1e-3 for ten million, where residuals stall at that.
+    assert orthonormality(space.vectors) < 1e-5
+    torch.testing.assert_close(space.values, top.double() + bulk[:10].double(), rtol=1e-5, atol=0)
 
 
 def test_a_basis_that_is_rotated_holds_the_same_vectors_combined():
