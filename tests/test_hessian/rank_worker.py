@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from hessian import (
     Objective,
+    Operator,
     RowShards,
+    eigensolvers,
     gauss_newton_operator,
     hessian_operator,
     leading_eigenspace,
@@ -221,6 +224,30 @@ def sharded(group: Group, device: str = "cpu") -> dict[str, Tensor]:
     return out
 
 
+def short_of_memory(group: Group) -> dict[str, Tensor]:
+    """One rank has room for sixteen vectors, the other for all: both restart a basis of sixteen."""
+    n, sixteen = 20_000, 16
+    d = torch.cat([torch.tensor([5.0, -4.0, 3.0]), torch.linspace(0, 1, n - 3)]).double()
+    operator = Operator(lambda v: d * v, n, d.dtype, d.device)
+    shards = group and RowShards(n, group)
+    scarce = group is not None and dist.get_rank() == 1
+    sizes, choose = [], eigensolvers.basis_size
+
+    def noting(asked: int | None, **facts: Any) -> int:
+        sizes.append(choose(asked, **facts))
+        return sizes[-1]
+
+    with (
+        mock.patch.object(eigensolvers, "free_memory", lambda _: 4 << 20 if scarce else 1 << 40),
+        mock.patch.object(eigensolvers, "basis_size", noting),
+    ):
+        pairs = leading_eigenspace(
+            operator, k=3, tol=1e-9, shards=shards, max_basis=None if group else sixteen
+        )
+    counts = torch.tensor([*sizes, pairs.num_products])
+    return {"counts": counts, "values": pairs.values, "vectors": pairs.vectors.T.contiguous()}
+
+
 def rows(group: Group) -> dict[str, Tensor]:
     """Tensors taken apart and put together; fewer rows than ranks among them."""
     tensors = {str(shape): seeded(lambda s=shape: torch.randn(s)) for shape in [(1,), (7, 2), (8,)]}
@@ -344,6 +371,7 @@ SCENARIOS: dict[str, Callable[[Group], dict[str, Tensor]]] = {
     "given": given,
     "fully sharded": fully_sharded,
     "sharded": sharded,
+    "short of memory": short_of_memory,
     "rows": rows,
     "few batches": few_batches,
     "refusals": refusals,

@@ -22,6 +22,7 @@ SAME_ON_TWO = [
     "given",
     "fully sharded",
     "sharded",
+    "short of memory",
     "rows",
 ]
 
