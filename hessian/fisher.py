@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hessian.batches import Batch
+from hessian.batches import Batch, batch_length
 from hessian.jacobian_products import JacobianProducts, Middle
 from hessian.likelihoods import factor, likelihood_of, smoothing, target_of, with_target
 from hessian.objective import Objective
@@ -119,7 +119,7 @@ class _Draws:
                 "output and a torch.Generator that returns targets as the criterion takes them."
             )
         self._seed = seed
-        self._targets: dict[int, list[Tensor]] = {}
+        self._targets: dict[tuple[int, int], list[Tensor]] = {}
 
     def part(self, i: int, batch: Batch, w: Tensor) -> tuple[Tensor, Middle]:
         """Return the losses of all draws for one batch, and what their gradients weigh."""
@@ -130,9 +130,10 @@ class _Draws:
                 "Targets can be drawn for batches `(*inputs, target)` and models that return one "
                 f"tensor, got a {type(batch).__name__} and {type(z).__name__}. Wrap the model."
             )
-        if i not in self._targets:
-            self._targets[i] = self._drawn(i, z.detach(), y)
-        targets = self._targets[i]
+        key = i, batch_length(batch)  # graphs are measured on a part of a batch
+        if key not in self._targets:
+            self._targets[key] = self._drawn(i, z.detach(), y)
+        targets = self._targets[key]
         likelihood = self._likelihood
         if likelihood is None:
             losses = [

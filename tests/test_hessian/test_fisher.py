@@ -204,6 +204,18 @@ def test_draws_are_those_of_the_seed_and_one_matrix():
     assert float(torch.linalg.eigvalsh(A).min()) > -1e-12
 
 
+@pytest.mark.parametrize("length", [8, 20, 40])
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.CrossEntropyLoss()])
+def test_draws_belong_to_whole_batches_where_graphs_are_measured_on_parts(criterion, length):
+    inputs = seeded(lambda: torch.randn(length, 3), 2)
+    wanted = isinstance(criterion, nn.CrossEntropyLoss)
+    y = torch.arange(length) % 3 if wanted else torch.zeros(length, 3)
+    objective = Objective(net(3), criterion, (inputs, y))
+    kept = fisher_operator(objective, kind="monte_carlo", num_draws=2)
+    anew = fisher_operator(objective, kind="monte_carlo", num_draws=2, memory_budget=0)
+    torch.testing.assert_close(dense(kept), dense(anew), **EXACT)
+
+
 def test_draws_of_a_neighbouring_seed_are_no_shifted_copy():
     def targets(seed):
         objective = Objective(
