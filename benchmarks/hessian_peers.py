@@ -579,7 +579,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--direct", nargs="*", choices=SETTINGS, default=[])
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
-    parser.add_argument("--samples", type=int, help="fewer images, for a trial; nothing is kept")
+    parser.add_argument("--samples", type=int, help="fewer images, for a trial")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--memory-gib", type=float, default=10.0, help="budget of kept graphs")
@@ -616,12 +616,12 @@ def main() -> None:
     ]
     for one in found:
         lines += table(one)
+    name = "-".join(["hessian_peers", *arguments.problems])
     if plan.samples is not None:
-        print("\n".join(lines))
-        return
-    report("hessian_peers", lines, PACKAGES)
+        name += f"-{plan.samples}"
+    report(name, lines, PACKAGES)
     record = [{**one, "costs": costs(one), "summary": summary(one)} for one in found]
-    _keep(RESULTS / "hessian_peers.json", {"problems": record})
+    _keep(RESULTS / f"{name}.json", {"problems": record})
 
 
 if __name__ == "__main__":
