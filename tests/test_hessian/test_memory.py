@@ -113,8 +113,8 @@ from hessian import Operator, leading_eigenspace
 
 torch.set_num_threads(1)
 n = 30_000_000
-top = torch.arange(10, 0, -1) ** 2.0
-bulk = torch.linspace(0, 0.3, n)
+top = torch.arange(10, 0, -1) + 0.0
+bulk = torch.linspace(0, 0.4, n)
 
 def product(v):
     out = v * bulk
@@ -122,9 +122,9 @@ def product(v):
     return out
 
 operator = Operator(product, n, torch.float32, torch.device("cpu"))
-space = leading_eigenspace(operator, k=10, tol=1e-3, max_basis=17, multiple=False)
+space = leading_eigenspace(operator, k=10, tol=1e-3, max_basis=16, multiple=False)
 assert space.converged
-assert space.num_products > 27  # more than the basis holds, and the ten of the residuals
+assert space.num_products > 26  # more than the basis holds, and the ten of the residuals
 torch.testing.assert_close(space.values, top.double(), rtol=1e-4, atol=0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
