@@ -40,7 +40,8 @@ def leading_eigenspace(
 ) -> Eigenspace:
     """Find the k leading eigenpairs of a symmetric matrix by thick-restart Lanczos.
 
-    The basis is reorthogonalised fully and in two passes, so no eigenvalue is a ghost of another.
+    Every new vector is orthogonalised to the whole basis, and once more where that took much of it
+    away, so no eigenvalue is a ghost of another.
     The iteration stops on its own residual estimates; the residuals returned are measured with
     k further products, unless ``measure=False``.
 

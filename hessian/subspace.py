@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hessian.operators import Operator
-from hessian.vector_rows import chunks, dot
+from hessian.vector_rows import chunks, dot, row_dots
 
 Which = Literal["magnitude", "largest", "smallest", "both"]
 
@@ -46,7 +46,7 @@ class Eigenspace:
 
     def project_sharp(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return V Vᵀ x, the part of x in the eigenspace. Costs 4 n k flops."""
-        return self.vectors @ (self.vectors.T @ x)
+        return self.vectors @ row_dots([self.vectors.T], x).to(x.dtype)
 
     def project_flat(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return x − V Vᵀ x, the part of x outside the eigenspace: Π₀ x of directional pruning."""

@@ -1,6 +1,6 @@
 """Many long vectors as rows of a few blocks, with the matrix products of a Krylov method."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,17 +48,8 @@ class VectorRows:
         return row
 
     def coefficients(self, v: Tensor) -> Tensor:
-        """Return Q v, the dot products of every row with v, in float64.
-
-        Summed in float64 over chunks: a float32 sum over millions of entries loses the small ones
-        after a large one, and with them the orthogonality of the basis.
-        """
-        length = self.size if self.dtype == torch.float64 else _chunk_length(self.device)
-        total = torch.zeros(self._count, dtype=torch.float64, device=self.device)
-        for begin in range(0, self.size, length):
-            part = slice(begin, begin + length)
-            total += torch.cat([rows[:, part] @ v[part] for _, rows in self._used()])
-        return total
+        """Return Q v, the dot products of every row with v, in float64."""
+        return row_dots([rows for _, rows in self._used()], v)
 
     def take_from_(self, v: Tensor, coefficients: Tensor) -> None:
         """Make v − Qᵀ c of v, which is no row."""
@@ -117,6 +108,20 @@ def aligned(x: npt.NDArray[np.float64]) -> Tensor:
     Their rounding depends on the alignment of the memory, which NumPy leaves to chance.
     """
     return torch.tensor(x, dtype=torch.float64)
+
+
+def row_dots(blocks: Sequence[Tensor], v: Tensor) -> Tensor:
+    """Return the dot products of v with the rows of all blocks, in float64.
+
+    Summed in float64 over chunks: a float32 sum over millions of entries loses the small ones after
+    a large one, and with them the orthogonality of a basis.
+    """
+    length = max(len(v), 1) if v.dtype == torch.float64 else _chunk_length(v.device)
+    total = torch.zeros(sum(map(len, blocks)), dtype=torch.float64, device=v.device)
+    pieces = zip(*(torch.split(rows, length, dim=1) for rows in blocks), strict=True)
+    for part, piece in zip(torch.split(v, length), pieces, strict=True):
+        total += torch.cat([rows @ part for rows in piece])
+    return total
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
