@@ -38,7 +38,7 @@ def block_operator(operator: Operator, rows: slice | Tensor) -> Operator:
         >>> block_operator(A, slice(1, 3)) @ torch.ones(2)
         tensor([2., 3.])
     """
-    index = _indices(rows, operator.size).to(operator.device)
+    index = _indices(rows, operator.size).to(operator.device, torch.int64, copy=True)
 
     def product(v: Tensor) -> Tensor:
         padded = v.new_zeros(operator.size, *v.shape[1:])

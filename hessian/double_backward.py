@@ -40,7 +40,7 @@ def require_second_derivative(*gradients: Tensor) -> None:
     Raises:
         SecondDerivativeError: If such a function is in the graph.
     """
-    if any("Error" in node.name() for node in graph_nodes(*gradients)):
+    if any(node.name().endswith("::Error") for node in graph_nodes(*gradients)):
         raise SecondDerivativeError(
             "A custom autograd function in the model is marked `once_differentiable`, so its part "
             "of the Hessian would be missing. Write its backward pass with differentiable "

@@ -69,7 +69,7 @@ class JacobianProducts(KeptGraphs[Linearized]):
             return mark, None
         u = torch.zeros_like(z, requires_grad=True)
         (pulled,) = torch.autograd.grad(z, self._w, u, create_graph=True, materialize_grads=True)
-        if not pulled.requires_grad:
+        if pulled.grad_fn is None:  # z depends on other weights only
             return mark, None
         require_second_derivative(pulled)
         return mark, Linearized(z, u, pulled, middle)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hessian.batches import Batch, batch_length, first_samples, map_tensors
 from hessian.determinism import require_fixed_modules
-from hessian.double_backward import differentiable_twice
+from hessian.double_backward import differentiable_twice, require_second_derivative
 from hessian.errors import NonDeterministicError
 from hessian.memory import free_memory
 from hessian.objective import Objective
@@ -142,7 +142,10 @@ class KeptGraphs(ABC, Generic[Graph]):
         if not penalty.requires_grad:
             return None
         (slope,) = torch.autograd.grad(penalty, self._w, create_graph=True, materialize_grads=True)
-        return slope if slope.requires_grad else None
+        if not slope.requires_grad:
+            return None
+        require_second_derivative(slope)
+        return slope
 
     def _add(self, graph: Graph | None, rows: Tensor, out: Tensor, *, keep: bool) -> None:
         """Add one batch's products in place."""

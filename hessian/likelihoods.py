@@ -140,7 +140,7 @@ class _Gaussian(Likelihood):
         return drawn
 
     def far(self, z: Tensor, y: Tensor) -> Tensor:
-        return torch.ones_like(z) + y
+        return torch.ones_like(z).maximum(y.abs()) + y  # also where 1 is lost beside y
 
 
 class _Bernoulli(Likelihood):

@@ -219,3 +219,11 @@ def test_infinite_second_derivatives_are_refused():
     objective = Objective(model, lambda o, t: o.pow(0.5).sum(dim=1), data)
     with pytest.raises(NonFiniteError):
         block_diagonal_operator(objective) @ torch.ones(1).double()
+
+
+def test_a_block_keeps_the_rows_that_it_was_given():
+    A = Operator.from_matrix(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
+    rows = torch.tensor([0, 2], dtype=torch.uint8)  # to torch's indexing, a mask
+    block = block_operator(A, rows)
+    rows[1] = 1
+    assert (block @ torch.ones(2)).tolist() == [1.0, 3.0]

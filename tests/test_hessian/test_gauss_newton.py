@@ -324,3 +324,24 @@ def test_a_layer_that_hides_its_derivative_is_refused():
     objective = Objective(seeded(Model), nn.CrossEntropyLoss(), (X, LABELS))
     with pytest.raises(SecondDerivativeError, match="once_differentiable"):
         gauss_newton_operator(objective) @ objective.weights()
+
+
+def test_weights_without_part_in_the_output_have_no_gauss_newton():
+    model = seeded(lambda: nn.ModuleDict({"used": nn.Linear(3, 1), "unused": nn.Linear(2, 2)}))
+    model.forward = model["used"].forward
+    data = seeded(lambda: (torch.randn(5, 3), torch.randn(5, 1)))
+    G = gauss_newton_operator(Objective(model, nn.MSELoss(), data, parameters="unused.*"))
+    v = torch.ones(G.size, dtype=G.dtype)
+    assert torch.equal(G @ v, torch.zeros_like(v))
+
+
+def test_targets_so_large_that_one_is_lost_beside_them():
+    model = seeded(lambda: nn.Linear(3, 1)).float()
+    inputs = seeded(lambda: torch.randn(5, 3)).float()
+    v = torch.ones(4, dtype=torch.float32)
+    products = []
+    for target in (0.0, 1e8, -1e8):
+        data = inputs, torch.full((5, 1), target, dtype=torch.float32)
+        products.append(gauss_newton_operator(Objective(model, nn.MSELoss(), data)) @ v)
+    torch.testing.assert_close(products[1], products[0])
+    torch.testing.assert_close(products[2], products[0])

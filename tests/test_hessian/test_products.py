@@ -339,3 +339,53 @@ def test_forward_mode_passes_through_attention():
     v = directions(loss.size, 1)[:, 0]
     forward = hessian_operator(loss, method="forward") @ v
     torch.testing.assert_close(forward, hessian_operator(loss) @ v, rtol=1e-8, atol=1e-10)
+
+
+class SquaredError(Function):
+    """Differentiable twice; only its name has an error in it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+def test_a_function_called_error_is_no_missing_derivative():
+    model = seeded(lambda: nn.Linear(3, 1))
+    data = seeded(lambda: (torch.randn(5, 3), torch.randn(5, 1)))
+    plain = Objective(model, lambda z, y: ((z - y) ** 2).exp().mean(), data)
+    named = Objective(model, lambda z, y: SquaredError.apply(z - y).exp().mean(), data)
+    v = torch.ones_like(plain.weights())
+    expected = hessian_operator(plain) @ v
+    torch.testing.assert_close(hessian_operator(named, method="reverse") @ v, expected)
+    torch.testing.assert_close(named.hessian_product(named.weights(), v), expected)
+
+
+class CubeOnce(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+def test_a_regulariser_without_second_derivative_is_refused():
+    model = seeded(lambda: nn.Linear(3, 1))
+    objective = Objective(
+        model,
+        nn.MSELoss(),
+        seeded(lambda: (torch.randn(5, 3), torch.randn(5, 1))),
+        regularizer=lambda p: sum(CubeOnce.apply(t).sum().square() for t in p.values()),
+    )
+    with pytest.raises(SecondDerivativeError, match="once_differentiable"):
+        hessian_operator(objective) @ torch.ones_like(objective.weights())
