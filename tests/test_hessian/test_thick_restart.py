@@ -94,6 +94,16 @@ def test_the_basis_stays_orthonormal_where_one_pass_of_gram_schmidt_would_not_do
     assert orthonormality(torch.stack([basis.rows[i] for i in range(60)], dim=1)) < 1e-14
 
 
+def test_a_direction_that_lies_nearly_in_the_basis_takes_a_second_pass():
+    basis = KrylovBasis(Operator.from_matrix(with_spectrum(normal(60))), normal(60))
+    for _ in range(10):
+        basis.extend()
+    assert basis.restart(basis.rows[3] + 1e-7 * normal(60, 1))
+    basis.extend()
+    # One pass leaves the rounding of what it took away: 1e-9.
+    assert orthonormality(torch.stack([basis.rows[i] for i in range(11)], dim=1)) < 1e-14
+
+
 def test_one_pass_is_made_where_one_is_enough(monkeypatch):
     passes = []
     coefficients = VectorRows.coefficients
