@@ -119,11 +119,16 @@ class KeptGraphs(ABC, Generic[Graph]):
         if budget is None:
             budget = int(FREE_SHARE * free_memory(self._objective.device))
         kept: list[Graph | None] = []
-        size_of: Callable[[Batch], int] | None = None
-        self.complete = budget > 0
+        size_of: dict[tuple[torch.Size, ...], Callable[[Batch], int]] = {}
+        self.bytes, self.complete = 0, budget > 0  # a first product may have failed before
         for place, batch in enumerate(self._objective.batches()) if self.complete else ():
-            size_of = size_of or self._size_of_graphs(batch)
-            size = size_of(batch)
+            if self._objective.batch_weight(batch) == 0:  # no graph, and nothing to learn from it
+                kept.append(None)
+                continue
+            shapes = _sample_shapes(batch)  # attention is not linear in the length of a text
+            if shapes not in size_of:
+                size_of[shapes] = self._size_of_graphs(batch)
+            size = size_of[shapes](batch)
             if self.bytes + size > budget:
                 self.complete = False
                 break
@@ -141,6 +146,7 @@ class KeptGraphs(ABC, Generic[Graph]):
         penalty = self._objective.regularization(self._w)
         if not penalty.requires_grad:
             return None
+        require_second_derivative(penalty)
         (slope,) = torch.autograd.grad(penalty, self._w, create_graph=True, materialize_grads=True)
         if not slope.requires_grad:
             return None
@@ -191,6 +197,8 @@ class KeptGraphs(ABC, Generic[Graph]):
             if samples > 0:
                 with suppress(Exception):  # a batch that cannot be cut is measured whole
                     part = first_samples(batch, samples)
+                    if self._objective.batch_weight(part) == 0:  # it may have no graph at all
+                        continue
                     points.append((_num_elements(part), self._measure(part)))
         if len(points) < 2 or points[0][0] >= points[1][0]:
             points = [(0, 0), (max(_num_elements(batch), 1), self._measure(batch))]
@@ -222,3 +230,15 @@ def _num_elements(batch: Batch) -> int:
 
     map_tensors(batch, count)
     return total
+
+
+def _sample_shapes(batch: Batch) -> tuple[torch.Size, ...]:
+    """Shapes of the batch's tensors without their first dimension."""
+    shapes: list[torch.Size] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        shapes.append(tensor.shape[1:])
+        return tensor
+
+    map_tensors(batch, note)
+    return tuple(shapes)

@@ -168,3 +168,49 @@ def test_global_attention_settings_are_left_alone(objective):
     hessian_operator(objective) @ objective.weights()
     objective.hessian_product(objective.weights(), objective.weights())
     assert (backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled()) == before
+
+
+def test_long_texts_are_estimated_by_their_own_length():
+    """Attention needs memory quadratic in the length, so short texts say nothing about long."""
+    model = seeded(Attention).eval()
+    criterion = nn.CrossEntropyLoss()
+    short, long = (
+        seeded(lambda length=length: (torch.randn(16, length, 8), torch.arange(16) % 3))
+        for length in (4, 64)
+    )
+    alone, _, _ = graph_of(Objective(model, criterion, [long]), None)
+    both, _, _ = graph_of(Objective(model, criterion, [short, long]), None)
+    assert alone.bytes < both.bytes < 1.5 * alone.bytes
+    within, _, _ = graph_of(Objective(model, criterion, [short, long]), alone.bytes)
+    assert within.num_kept == 1
+
+
+def test_a_beginning_without_targets_does_not_hide_the_size_of_the_rest():
+    model = seeded(lambda: nn.Linear(5, 3))
+    X = seeded(lambda: torch.randn(32, 5))
+    y = torch.arange(32) % 3
+    full, _, _ = graph_of(Objective(model, nn.CrossEntropyLoss(), (X, y)), None)
+    hidden = y.clone()
+    hidden[:8] = -100
+    nothing = torch.full_like(y, -100)
+    for batches in [[(X, hidden)], [(X, nothing), (X, y)]]:
+        graph, _, _ = graph_of(Objective(model, nn.CrossEntropyLoss(), batches), None)
+        assert graph.bytes > 0.5 * full.bytes
+
+
+def test_bytes_are_those_of_the_products_that_did_not_fail(objective):
+    expected, _, v = graph_of(objective, None)
+    graph = ReverseOverReverse(objective, objective.weights(), None)
+    build, calls = graph._build, []
+
+    def fails_once(place, batch):
+        calls.append(place)
+        if place == 2 and calls.count(2) == 1:
+            raise RuntimeError("out of memory")
+        return build(place, batch)
+
+    graph._build = fails_once
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graph.product(v)
+    graph.product(v)
+    assert graph.bytes == expected.bytes
