@@ -128,6 +128,7 @@ def block_diagonal_operator(
         """Add the products that belong to one term of the loss in place."""
         if not loss.requires_grad:
             return
+        require_second_derivative(loss)
         slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         for s, leaf, slope in zip(slices, leaves, slopes, strict=True):
             if not slope.requires_grad:  # a loss linear in this block

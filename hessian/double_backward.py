@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,8 @@ from hessian.convolutions import Geometry, convolution, frozen_batch_norm
 from hessian.errors import SecondDerivativeError
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+ONCE = once_differentiable(lambda ctx: None).__code__
+"""Code of the wrapper that ``once_differentiable`` puts around every backward pass."""
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -27,24 +30,49 @@ def differentiable_twice() -> Iterator[None]:
     Convolutions and batch norm with running statistics run as in `hessian.convolutions`. Values
     change by rounding only, third derivatives are not there, and the global settings are put back.
     """
+    require_autograd()
     with sdpa_kernel(SDPBackend.MATH), _Substitution():
         yield
 
 
-def require_second_derivative(*gradients: Tensor) -> None:
-    """Refuse the graph of a gradient that ends in a function marked ``once_differentiable``.
+def require_second_derivative(*tensors: Tensor) -> None:
+    """Refuse the graph of a loss, and of its gradient, that holds ``once_differentiable`` parts.
 
-    Torch would raise there, were it not that its own marker is cut off from the weights: the
-    second derivative comes back without that function's part, and nothing is said.
+    Torch would raise there, were it not that its own marker is cut off from the weights, or left
+    out at the end of the loss: the second derivative comes back without that function's part, and
+    nothing is said.
 
     Raises:
         SecondDerivativeError: If such a function is in the graph.
     """
-    if any(node.name().endswith("::Error") for node in graph_nodes(*gradients)):
+    if any(_ends_there(node) for node in graph_nodes(*tensors)):
         raise SecondDerivativeError(
             "A custom autograd function in the model is marked `once_differentiable`, so its part "
             "of the Hessian would be missing. Write its backward pass with differentiable "
             'operations, or use `hessian_operator(..., method="forward")` or "differences".'
+        )
+
+
+def _ends_there(node: Any) -> bool:
+    """Whether a node is torch's marker, or a custom function that would leave one."""
+    if node.name().endswith("::Error"):
+        return True
+    function = getattr(node, "_forward_cls", None)
+    if function is None or function.__module__.startswith("hessian."):
+        return False
+    return getattr(function.backward, "__code__", None) is ONCE
+
+
+def require_autograd() -> None:
+    """Refuse inference mode, in which every derivative would silently be zero.
+
+    Raises:
+        RuntimeError: Inside ``torch.inference_mode()``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Derivatives cannot be taken inside `torch.inference_mode()`, which records nothing. "
+            "Leave it, or use `torch.no_grad()`, which is overridden where it must be."
         )
 
 
@@ -66,6 +94,7 @@ def differentiable_forward() -> Iterator[None]:
     Attention runs by plain matrix products, recurrent layers without mkldnn and cuDNN, the squared
     error by elementary operations. The global settings are put back.
     """
+    require_autograd()
     with sdpa_kernel(SDPBackend.MATH), _ForwardSubstitution():
         yield
 
@@ -113,8 +142,10 @@ class _Substitution(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._last: tuple[Tensor, int, tuple[Tensor, Tensor, Tensor | None, Geometry]] | None = None
-        """The latest convolution: its output, the output's version, its arguments."""
+        self._last: (
+            tuple[Tensor, list[int], tuple[Tensor, Tensor, Tensor | None, Geometry]] | None
+        ) = None
+        """The latest convolution: its output, versions of its tensors, its arguments."""
 
     def __exit__(self, *exc: Any) -> None:
         self._last = None
@@ -128,7 +159,7 @@ class _Substitution(TorchFunctionMode):
             bound = _bind_convolution(CONVOLUTIONS[func], *args, **kwargs)
             if bound is not None:
                 out = convolution(*bound)
-                self._last = out, out._version, bound
+                self._last = out, _versions(out, bound), bound
                 return out
         elif func is functional.batch_norm:
             normalised = self._batch_norm(*args, **kwargs)
@@ -157,9 +188,12 @@ class _Substitution(TorchFunctionMode):
             return None
         scale = torch.rsqrt(var + eps) * (1.0 if weight is None else weight)
         shift = -mean * scale if bias is None else bias - mean * scale
-        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+        if self._last is None or self._last[0] is not x:
             return frozen_batch_norm(x, scale, shift)
-        inputs, W, offset, geometry = self._last[2]
+        _, versions, bound = self._last
+        if versions != _versions(x, bound):  # something was changed in place since
+            return frozen_batch_norm(x, scale, shift)
+        inputs, W, offset, geometry = bound
         if offset is not None:
             shift = shift + offset * scale
         return convolution(inputs, W * scale.view(-1, *[1] * (W.ndim - 1)), shift, geometry)
@@ -168,6 +202,10 @@ class _Substitution(TorchFunctionMode):
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # Torch differentiates its own a second time as if |v| were constant (seen up to 2.13).
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _versions(out: Tensor, bound: tuple[Tensor, Tensor, Tensor | None, Geometry]) -> list[int]:
+    return [t._version for t in (out, *bound[:3]) if t is not None]
 
 
 def _bind_convolution(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hessian.batches import Batch
+from hessian.double_backward import require_second_derivative
 from hessian.jacobian_products import JacobianProducts, Middle
 from hessian.likelihoods import factor, likelihood_of, target_of
 from hessian.objective import Objective
@@ -83,6 +84,7 @@ def _loss_hessian(objective: Objective, z: Tensor, batch: Batch) -> Middle:
     """Return u ↦ (∇²_z Σ ℓ) u by automatic differentiation of any loss."""
     z = z.requires_grad_()
     total = objective.total_from_output(z, batch)
+    require_second_derivative(total)
     (slope,) = torch.autograd.grad(total, z, create_graph=True, materialize_grads=True)
 
     def product(u: Tensor) -> Tensor:

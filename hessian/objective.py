@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 
 from hessian.batches import (
     Batch,
     as_batches,
     batch_length,
+    first_samples,
     map_tensors,
     one_pass,
     require_repeatable,
@@ -24,10 +27,20 @@ from hessian.batches import (
 from hessian.criteria import BatchCriterion, Count, Criterion, stand_in_output
 from hessian.determinism import require_fixed_modules, require_pure_forward
 from hessian.distributed import Ranks
-from hessian.double_backward import differentiable_twice, require_second_derivative
+from hessian.double_backward import (
+    differentiable_twice,
+    require_autograd,
+    require_second_derivative,
+)
 from hessian.errors import NonDeterministicError, NonFiniteError
 from hessian.parameters import Selection, select_parameters, unwrapped
 from hessian.rank_data import Split, rank_share
+
+_RECOMPUTES = (
+    "The model must not use activation checkpointing (or other hooks on saved tensors): backward "
+    "passes would recompute activations with the model's own weights instead of w. Switch it off, "
+    "for instance with `model.gradient_checkpointing_disable()`, and use smaller batches."
+)
 
 Regularizer = Callable[[dict[str, Tensor]], Any]
 """A scalar tensor from the selected weights by name, in their shapes."""
@@ -99,8 +112,9 @@ class Objective:
     Raises:
         NonDeterministicError: If the loss would change between two passes (a shuffling or
             augmenting loader, dropout, batch norm in training mode); the message names the cause.
-        ValueError: If no parameter is selected, data are empty or of another type than the
-            weights, parameters have mixed types, counts are negative or all zero, the
+        ValueError: If the model checkpoints activations, no parameter is selected, data are empty
+            or of another type than the weights, parameters have mixed types, counts are negative
+            or all zero, the
             criterion does not weight every sample once and no ``count`` says how it does, or
             ranks hold other weights or data than ``split`` asks for.
         TypeError: If data are not iterable, or only once; if ``count`` or ``regularizer`` returns
@@ -270,6 +284,7 @@ class Objective:
     def loss_and_gradient(self, w: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
         """Return L(w) and its gradient. Costs one forward and one backward pass."""
         with self.ranks.in_step(w), torch.enable_grad():
+            require_autograd()
             w = self._begin(w).detach().requires_grad_()
             out, sums = torch.zeros_like(w), []
             for batch in self.batches():
@@ -446,7 +461,22 @@ class Objective:
                 f"model with `model.to({next(iter(foreign))})`."
             ) from error
         self._criterion.require_additive(output, batch, lambda part: self.output(w, part))
+        self._require_no_recomputation(w, batch)
         return output
+
+    def _require_no_recomputation(self, w: Tensor, batch: Batch) -> None:
+        """Refuse activation checkpoints, which are recomputed with the model's own weights."""
+        with suppress(Exception):
+            few = first_samples(batch, 2)
+            self.output(w, few)
+            batch = few
+        try:
+            with torch.enable_grad(), disable_saved_tensors_hooks(_RECOMPUTES):
+                self.output(w.detach().requires_grad_(), batch)
+        except RuntimeError as error:
+            if _RECOMPUTES in str(error):
+                raise ValueError(_RECOMPUTES) from error
+            raise
 
     def _require_scalar_regularizer(self) -> None:
         with torch.no_grad():
@@ -492,6 +522,7 @@ class Objective:
 
 
 def _curvature_product(total: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    require_second_derivative(total)
     if not total.requires_grad:  # a constant
         return torch.zeros_like(w)
     (gradient,) = torch.autograd.grad(total, w, create_graph=True, materialize_grads=True)

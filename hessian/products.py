@@ -110,8 +110,8 @@ def hessian_operator(
 
 def _choose(objective: Objective, w: Tensor, *, forced: bool) -> Method:
     """Return the first method that the model's layers allow, tried on a few samples."""
-    batch = next(objective.batches(), None)
-    if batch is None:  # fewer batches than ranks
+    batch = next((b for b in objective.batches() if objective.batch_weight(b) > 0), None)
+    if batch is None:  # fewer batches than ranks, or none that counts
         return "reverse"
     batch = _few_samples(objective, w, batch)
     try:
@@ -144,6 +144,7 @@ def _try_reverse(objective: Objective, w: Tensor, batch: Batch) -> None:
     product = torch.zeros_like(w)
     with torch.enable_grad(), differentiable_twice():
         total = objective.batch_total(w, batch)
+        require_second_derivative(total)
         custom = _custom_functions(total)
         (gradient,) = torch.autograd.grad(total, w, create_graph=True, materialize_grads=True)
         if gradient.requires_grad:
@@ -185,9 +186,9 @@ def _few_samples(objective: Objective, w: Tensor, batch: Batch) -> Batch:
         few = first_samples(batch, 2)
         with torch.no_grad():
             objective.batch_total(w, few)
+        return few if objective.batch_weight(few) > 0 else batch
     except Exception:
         return batch  # the loss of the whole batch was evaluated when the objective was made
-    return few
 
 
 def _kinks(objective: Objective, w: Tensor, batch: Batch) -> frozenset[str]:

@@ -37,6 +37,7 @@ class ReverseOverReverse(KeptGraphs[Gradient]):
     def _build(self, place: int, batch: Batch) -> tuple[float, Gradient | None]:
         total = self._objective.batch_total_at(self._weights, batch)
         loss = float(total.detach())
+        require_second_derivative(total)
         parts = torch.autograd.grad(
             total, list(self._leaves.values()), create_graph=True, materialize_grads=True
         )

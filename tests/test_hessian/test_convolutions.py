@@ -155,6 +155,23 @@ def test_an_output_that_is_used_or_changed_elsewhere_is_right(changed):
     agrees(network(lambda: UsedTwice(changed=changed)))
 
 
+def test_an_input_changed_in_place_after_its_convolution_is_right():
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+            self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+            self.conv.requires_grad_(False)
+
+        def forward(self, x):
+            x = x.clone()
+            out = self.conv(x)
+            x.mul_(2.0)
+            return self.head(self.norm(out).tanh().mean(dim=(2, 3))) + x.mean(dim=(2, 3))[:, :3]
+
+    agrees(network(Changed))
+
+
 def test_another_batch_norm_between_leaves_the_first_convolution_alone():
     class Crossed(nn.Module):
         def __init__(self):

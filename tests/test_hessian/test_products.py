@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from hessian import (
     ConvergenceWarning,
     NonFiniteError,
     Objective,
     SecondDerivativeError,
+    gauss_newton_operator,
     hessian_operator,
 )
 from tests.cases import case_names, cases, seeded
@@ -389,3 +391,63 @@ def test_a_regulariser_without_second_derivative_is_refused():
     )
     with pytest.raises(SecondDerivativeError, match="once_differentiable"):
         hessian_operator(objective) @ torch.ones_like(objective.weights())
+
+
+class FusedCrossEntropy(Function):
+    """Cross-entropy whose gradient is made in the forward pass, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        slope = torch.softmax(z, dim=1)
+        loss = -torch.log(slope[torch.arange(len(y)), y]).mean()
+        slope[torch.arange(len(y)), y] -= 1.0
+        ctx.save_for_backward(slope / len(y))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("last", [nn.Identity, nn.ReLU])
+def test_a_fused_loss_has_no_silent_hessian(last):
+    x, y = seeded(lambda: torch.randn(6, 4), 5), torch.arange(6) % 3
+    loss = Objective(network(last=last), FusedCrossEntropy.apply, [(x, y)], reduction="mean")
+    w = loss.weights()
+    for product in (
+        lambda: hessian_operator(loss, method="reverse"),
+        lambda: loss.hessian_product(w, w),
+        lambda: gauss_newton_operator(loss) @ w,
+    ):
+        with pytest.raises(SecondDerivativeError, match="once_differentiable"):
+            product()
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward", "differences"])
+def test_inference_mode_is_refused(method):
+    loss = objective(network())
+    H, w = hessian_operator(loss, method=method), loss.weights()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        H @ w
+
+
+def test_models_that_recompute_activations_are_refused():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            hidden = checkpoint(lambda x: self.inner(x).tanh(), x, use_reentrant=False)
+            return self.head(hidden)
+
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        objective(seeded(Checkpointed))
+
+
+def test_samples_that_count_for_nothing_do_not_hide_a_missing_derivative():
+    model = network(Hidden)
+    x, y = seeded(lambda: torch.randn(6, 4), 5), torch.tensor([-100, -100, 0, 1, 2, 0])
+    H = hessian_operator(Objective(model, nn.CrossEntropyLoss(), [(x, y)]))
+    assert H.method == "central differences of gradients"
