@@ -97,16 +97,7 @@ class BatchCriterion:
         length = batch_length(batch)
         if self._unreduced is not None:
             losses = self._rows(self._unreduced(output, _target(batch)), length)
-            if (
-                self._count is not None
-                and not self._is_sum
-                and not self._means(losses, output, batch)
-            ):
-                raise ValueError(
-                    "`count` must be the number of losses that `criterion` means over, for single "
-                    "samples' losses to exist: here they do not add up to the mean times `count`."
-                )
-            return losses
+            return self._counted(losses, output, batch)
         loss = self._criterion(output, _target(batch))
         if loss.ndim > 0:
             return self._rows(loss, length)
@@ -120,7 +111,16 @@ class BatchCriterion:
             return means
         singles = (_cut(batch, slice(i, i + 1), length) for i in range(length))
         weights = means.new_tensor([self.weight(single) for single in singles])
-        return torch.where(weights > 0, weights * means, 0.0)
+        return self._counted(torch.where(weights > 0, weights * means, 0.0), output, batch)
+
+    def _counted(self, losses: Tensor, output: Any, batch: Batch) -> Tensor:
+        """Return the samples' losses; refuse a ``count`` with which they miss the batch's total."""
+        if self._count is None or self._is_sum or self._means(losses, output, batch):
+            return losses
+        raise ValueError(
+            "`count` must be the number of losses that `criterion` means over, for single "
+            "samples' losses to exist: here they do not add up to the mean times `count`."
+        )
 
     def require_additive(
         self, output: Any, batch: Batch, forward: Callable[[Batch], Any] | None = None
@@ -138,7 +138,7 @@ class BatchCriterion:
         Raises:
             ValueError: If the two differ.
         """
-        if self._count is not None:
+        if self._count is not None or batch_length(batch) == 0:
             return
         total = self.total(output, batch)
         if self._unreduced is not None:
@@ -164,7 +164,7 @@ class BatchCriterion:
     ) -> Tensor:
         """Totals of two uneven parts of a batch, shape [2]; shape [0] if it cannot be cut."""
         length, totals = batch_length(batch), []
-        none = torch.zeros(0)
+        none = torch.zeros(0, device="cpu")
         whole = not _can_be_cut(output, length)
         if length < 2 or not _can_be_cut(batch, length) or (whole and forward is None):
             return none
@@ -187,6 +187,8 @@ class BatchCriterion:
 
     def _rows(self, losses: Tensor, length: int) -> Tensor:
         """One loss per sample from losses with the samples in front; the rest as in the batch."""
+        if length == 0:
+            return losses.reshape(-1)[:0]
         if losses.numel() % length:
             raise ValueError(
                 "`criterion` must return a scalar or one loss per sample, got shape "
@@ -203,11 +205,11 @@ def stand_in_output(output: Any, batch: Batch, other: Batch) -> Any:
     A criterion can be checked on every batch's targets with them, without running the model.
     """
     length = batch_length(batch)
-    if not (_can_be_cut(batch, length) and _can_be_cut(output, length)):
+    if length == 0 or not (_can_be_cut(batch, length) and _can_be_cut(output, length)):
         return None
     if _shapes(batch) != _shapes(other):
         return None
-    rows = torch.arange(batch_length(other)) % length
+    rows = torch.arange(batch_length(other), device="cpu") % length
     return _cut(output, rows, length)
 
 
@@ -218,7 +220,6 @@ def _target(batch: Batch) -> Any:
 def _agree(total: Tensor, parts: Tensor) -> bool:
     """Whether parts add up to a total, within the rounding of their type."""
     total, parts = total.detach(), parts.detach().double()
-    total, parts = total.detach(), parts.detach()
     slack = {torch.float64: 1e-8, torch.float32: 1e-4}.get(total.dtype, 2e-2)
     size = max(float(parts.abs().sum()), abs(float(total)))
     return abs(float(total) - float(parts.sum())) <= slack * size

@@ -345,3 +345,31 @@ def test_wrappers_are_taken_off(wrap):
     assert list(wrapped.shapes) == ["0.weight", "2.weight"]
     w = plain.weights()
     assert torch.equal(wrapped.hessian_product(w, w), plain.hessian_product(w, w))
+
+
+def test_a_scalar_criterion_that_contradicts_its_count_has_no_sample_losses():
+    def scalar(output, target):
+        return (output - target).square().mean()
+
+    data = seeded(lambda: (torch.randn(5, 2), torch.randn(5, 1)))
+    model = seeded(lambda: nn.Linear(2, 1))
+    objective = Objective(model, scalar, data, count=lambda batch: 3.0)
+    with pytest.raises(ValueError, match="do not add up to the mean times `count`"):
+        objective.sample_losses(objective.weights())
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.CrossEntropyLoss()], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_batch_adds_nothing(criterion, first):
+    X = seeded(lambda: torch.randn(4, 3, dtype=torch.float64))
+    y = X[:, :2].clone() if isinstance(criterion, nn.MSELoss) else torch.arange(4) % 2
+    model = seeded(lambda: nn.Linear(3, 2).double())
+    full = Objective(model, criterion, [(X, y)])
+    batches = [(X[:0], y[:0]), (X, y)] if first else [(X, y), (X[:0], y[:0])]
+    objective, w = Objective(model, criterion, batches), full.weights()
+    assert objective.num_samples == 4
+    assert objective.loss(w) == full.loss(w)
+    assert torch.equal(objective.gradient(w), full.gradient(w))
+    assert torch.equal(objective.sample_losses(w), full.sample_losses(w))
+    for build in (hessian_operator, gauss_newton_operator):
+        assert torch.equal(dense(build(objective, w)), dense(build(full, w)))
