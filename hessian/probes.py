@@ -32,7 +32,9 @@ class SignProbes:
     def draw(self, count: int) -> Float[Tensor, "n k"]:
         """Return the next ``count`` probes, one a column."""
         op = self._operator
-        bits = torch.randint(0, 2, (count, op.size), generator=self._generator, dtype=torch.int8)
+        bits = torch.randint(
+            0, 2, (count, op.size), generator=self._generator, dtype=torch.int8, device="cpu"
+        )
         return (2 * bits.T - 1).to(device=op.device, dtype=op.dtype)
 
 
@@ -72,6 +74,7 @@ class CountedProducts:
             self.spent += part.shape[1]
             self._update(
                 self.spent,
+                made=part.shape[1],
                 expected=max(self._expected, self.spent),
                 error=self._error,
                 goal=self._goal,

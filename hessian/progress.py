@@ -32,7 +32,10 @@ ProgressOption = bool | Callable[[Step], None]
 """False for silence, True for a bar, or a function that is called after every product."""
 
 Update = Callable[..., None]
-"""Called as ``update(products, expected=..., error=..., goal=...)``."""
+"""Called as ``update(products, made=..., expected=..., error=..., goal=...)``.
+
+``made`` is how many products are new since the last call, or since the start; 1 if left out.
+"""
 
 
 @contextmanager
@@ -48,12 +51,17 @@ def report_progress(option: ProgressOption, task: str) -> Iterator[Update]:
     bar: Progress | None = None
 
     def update(
-        products: int, *, expected: int, error: float = math.nan, goal: float = math.nan
+        products: int,
+        *,
+        expected: int,
+        made: int = 1,
+        error: float = math.nan,
+        goal: float = math.nan,
     ) -> None:
         nonlocal first
         if option is False:
             return
-        first = products - 1 if first is None else first
+        first = products - made if first is None else first
         seconds = time.monotonic() - began
         done = products - first
         left = seconds / done * max(expected - products, 0) if done > 0 else math.nan

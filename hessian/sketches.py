@@ -29,11 +29,11 @@ class RangeBasis:
 
     def __init__(self, like: Tensor) -> None:
         self.Q: Tensor = like.new_empty((len(like), 0))
-        self.R = torch.zeros((0, 0), dtype=torch.float64)
+        self.R = torch.zeros((0, 0), dtype=torch.float64, device="cpu")
 
     def add(self, Y: Float[Tensor, "n k"]) -> Float[Tensor, "n r"]:
         """Take in further columns of Y and return the columns that Q gained."""
-        scale = max(float(self.R.norm()), float(Y.norm()))
+        scale = max(float(self.R.norm()), float(torch.linalg.vector_norm(Y, dtype=torch.float64)))
         gained: Tensor
         Y, above = self._cleared(Y)
         gained, rest = torch.linalg.qr(Y)
@@ -44,14 +44,14 @@ class RangeBasis:
         gained, _ = self._cleared(gained @ U[:, kept].to(Y.dtype))
         gained, turn = torch.linalg.qr(gained)
         below = turn.to(device="cpu", dtype=torch.float64) @ coordinates
-        empty = torch.zeros((len(below), self.R.shape[1]), dtype=torch.float64)
+        empty = torch.zeros((len(below), self.R.shape[1]), dtype=torch.float64, device="cpu")
         self.R = torch.cat([torch.cat([self.R, above], 1), torch.cat([empty, below], 1)])
         self.Q = torch.cat([self.Q, gained], dim=1)
         return gained
 
     def _cleared(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """Remove Q from Y by two passes of Gram-Schmidt, and say how much there was."""
-        removed = torch.zeros((self.Q.shape[1], Y.shape[1]), dtype=torch.float64)
+        removed = torch.zeros((self.Q.shape[1], Y.shape[1]), dtype=torch.float64, device="cpu")
         for _ in range(2):
             c = inner(self.Q, Y)
             Y = Y - self.Q @ c.to(self.Q)
