@@ -190,9 +190,9 @@ def refuse_shuffling(batches: Iterable[Batch]) -> None:
 
 def fingerprint(batches: Iterable[Batch]) -> Tensor:
     """Return two sums a batch, shape [b, 2]: one blind to the order of its samples, and one not."""
-    sums = [torch.zeros(0, 2, dtype=torch.float64)]
+    sums = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
     for batch in batches:
-        total = torch.zeros(1, 2, dtype=torch.float64)
+        total = torch.zeros(1, 2, dtype=torch.float64, device="cpu")
         for tensor in _tensors(batch):
             total += _marks(tensor)
         sums.append(total)
@@ -218,7 +218,7 @@ def _marks(tensor: Tensor) -> Tensor:
 
 
 def _uneven(length: int) -> Tensor:
-    return torch.cos(torch.arange(length, dtype=torch.float64))
+    return torch.cos(torch.arange(length, dtype=torch.float64, device="cpu"))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

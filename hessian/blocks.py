@@ -73,6 +73,8 @@ def layer_slices(objective: Objective) -> dict[str, slice]:
     slices: dict[str, slice] = {}
     start, latest, last_owner = 0, "", None
     for name, shape in objective.shapes.items():
+        if shape.numel() == 0:  # no rows, and a block needs at least one
+            continue
         owner = name.rpartition(".")[0].partition(".parametrizations.")[0]
         if not owner or name.startswith("parametrizations."):
             owner = "(root)"
@@ -164,7 +166,7 @@ def block_diagonal_operator(
 
 def _indices(rows: slice | Tensor, size: int) -> Tensor:
     if isinstance(rows, slice):
-        index = torch.arange(size)[rows] if (rows.step or 1) > 0 else None
+        index = torch.arange(size, device="cpu")[rows] if (rows.step or 1) > 0 else None
         if index is None:
             raise ValueError(f"`rows` must go forwards, got {rows}.")
     elif rows.dtype == torch.bool:

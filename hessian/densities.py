@@ -98,7 +98,7 @@ class SpectralDensity:
         """
         if highest < 0:
             raise ValueError(f"`highest` must not be negative, got {highest}.")
-        powers = torch.arange(highest + 1, dtype=torch.float64)
+        powers = torch.arange(highest + 1, dtype=torch.float64, device="cpu")
         return self._over_probes(powers, lambda x, w: (x[None, :] ** powers[:, None]) @ w, 0.0)
 
     def _over_probes(
@@ -120,9 +120,11 @@ class SpectralDensity:
         low, high = self._bulk
         reach = 7 * sigma  # nothing is left of a Gaussian there, also beside a much wider gap
         points = min(max(400, math.ceil(4 * (high - low + 2 * reach) / sigma)), 100_000)
-        parts = [torch.linspace(low - reach, high + reach, points, dtype=torch.float64)]
+        parts = [
+            torch.linspace(low - reach, high + reach, points, dtype=torch.float64, device="cpu")
+        ]
         parts += [
-            torch.linspace(x - reach, x + reach, 57, dtype=torch.float64)
+            torch.linspace(x - reach, x + reach, 57, dtype=torch.float64, device="cpu")
             for x in self.outliers.tolist()
         ]
         return torch.cat(parts).sort().values
@@ -175,7 +177,7 @@ def spectral_density(
     """
     require_sizes(num_probes, num_steps)
     n = operator.size
-    outliers = torch.empty(0, dtype=torch.float64)
+    outliers = torch.empty(0, dtype=torch.float64, device="cpu")
     if eigenspace is not None:
         outliers = eigenspace.values.to(device="cpu", dtype=torch.float64)
     share = 1.0 - len(outliers) / n

@@ -100,8 +100,8 @@ class Ranks:
 
     def gather(self, numbers: Sequence[float]) -> Tensor:
         """Return the numbers of every rank, shape [ranks, len(numbers)], float64 on the CPU."""
-        table = torch.zeros(self.size, len(numbers), dtype=torch.float64)
-        table[self.rank] = torch.tensor(numbers, dtype=torch.float64)
+        table = torch.zeros(self.size, len(numbers), dtype=torch.float64, device="cpu")
+        table[self.rank] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return self.sum_(table.to(self._device)).cpu()
 
     @contextmanager

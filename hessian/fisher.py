@@ -149,7 +149,7 @@ class _Draws:
         # A batch has the same draws on whichever rank it is.
         place = self._objective.places[i]
         seeds = torch.Generator().manual_seed(self._seed)
-        seed = int(torch.randint(1 << 62, (place + 1,), generator=seeds)[place])
+        seed = int(torch.randint(1 << 62, (place + 1,), generator=seeds, device="cpu")[place])
         generator = torch.Generator().manual_seed(seed)
         if self._likelihood is None:
             assert self._draw_targets is not None

@@ -142,8 +142,8 @@ def _function_trace(
         products = 1
         rest -= len(eigenspace.values)
         captured, coupling = _pairs(f, eigenspace)
-    samples = torch.full((num_probes,), captured, dtype=torch.float64)
-    short_of = torch.zeros(num_probes, dtype=torch.float64)
+    samples = torch.full((num_probes,), captured, dtype=torch.float64, device="cpu")
+    short_of = torch.zeros(num_probes, dtype=torch.float64, device="cpu")
     exhausted = True
     with report_progress(progress, f"trace of {name}") as update:
         runs = lanczos_runs(

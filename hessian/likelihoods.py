@@ -108,7 +108,9 @@ class _Categorical(Likelihood):
         return weighted - p * weighted.sum(dim=1, keepdim=True)
 
     def draw(self, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        levels = torch.rand(y.shape, generator=generator, dtype=torch.float64).to(z.device)
+        levels = torch.rand(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            z.device
+        )
         cumulated = z.to(torch.float64).softmax(dim=1).movedim(1, -1).cumsum(dim=-1)
         values = (levels * cumulated[..., -1]).unsqueeze(-1)
         drawn = torch.searchsorted(cumulated.contiguous(), values, right=True).squeeze(-1)
@@ -135,7 +137,9 @@ class _Gaussian(Likelihood):
 
     def draw(self, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         # exp(−(z − y)²) is a Gaussian of variance 1/2.
-        noise = torch.randn(y.shape, generator=generator, dtype=torch.float64) * 0.5**0.5
+        noise = (
+            torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu") * 0.5**0.5
+        )
         drawn: Tensor = z + noise.to(z)
         return drawn
 
@@ -158,7 +162,9 @@ class _Bernoulli(Likelihood):
         return p * (1 - p) * u
 
     def draw(self, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        levels = torch.rand(y.shape, generator=generator, dtype=torch.float64).to(z.device)
+        levels = torch.rand(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            z.device
+        )
         drawn: Tensor = levels < z.to(torch.float64).sigmoid()
         return drawn.to(z.dtype)
 

@@ -307,7 +307,7 @@ def _square(shape: tuple[int, ...]) -> int:
 def _require_symmetric(operator: Operator, name: str) -> None:
     """Compare uᵀ A v with vᵀ A u for two random vectors."""
     generator = torch.Generator().manual_seed(0)
-    V = torch.randn(operator.size, 2, generator=generator, dtype=torch.float64)
+    V = torch.randn(operator.size, 2, generator=generator, dtype=torch.float64, device="cpu")
     V = V.to(operator.device, operator.dtype)
     AV = operator @ V
     one, other = float(V[:, 0] @ AV[:, 1]), float(V[:, 1] @ AV[:, 0])

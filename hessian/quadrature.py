@@ -50,7 +50,9 @@ def lanczos_runs(
         if V is None:
             start = signs.draw(1)[:, 0]
         else:
-            draw = torch.randn(operator.size, generator=generator, dtype=torch.float64)
+            draw = torch.randn(
+                operator.size, generator=generator, dtype=torch.float64, device="cpu"
+            )
             start = _outside(V, draw.to(device=operator.device, dtype=operator.dtype))
         basis = KrylovBasis(counted, start)
         while len(basis) < steps and not basis.exhausted:

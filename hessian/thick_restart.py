@@ -340,5 +340,5 @@ def random_direction(operator: Operator, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     out = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
     for part in chunks(out, DRAWS):
-        part.copy_(torch.randn(len(part), generator=generator, dtype=torch.float64))
+        part.copy_(torch.randn(len(part), generator=generator, dtype=torch.float64, device="cpu"))
     return out

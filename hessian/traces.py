@@ -174,7 +174,7 @@ class _Hutchinson:
     def __init__(self, A: CountedProducts, probes: SignProbes, *, growing: bool) -> None:
         del growing
         self.A, self.probes = A, probes
-        self.samples = torch.empty(0, dtype=torch.float64)
+        self.samples = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def grow(self, count: int) -> None:
         for size in self.A.chunks(count):
@@ -193,7 +193,7 @@ class _HutchPlusPlus:
         self.count = 0
         self.basis: RangeBasis | None = None
         self.captured = 0.0
-        self.samples = torch.empty(0, dtype=torch.float64)
+        self.samples = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def grow(self, count: int) -> None:
         sketched, self.count = self.count // 2, self.count + count
@@ -231,8 +231,8 @@ class _XTrace:
         del growing
         self.A, self.probes = A, probes
         self.basis: RangeBasis | None = None
-        self.H = torch.zeros((0, 0), dtype=torch.float64)
-        self.forms = torch.empty(0, dtype=torch.float64)
+        self.H = torch.zeros((0, 0), dtype=torch.float64, device="cpu")
+        self.forms = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def grow(self, count: int) -> None:
         X = self.probes.draw(count)

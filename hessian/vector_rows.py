@@ -107,7 +107,7 @@ def aligned(x: npt.NDArray[np.float64]) -> Tensor:
 
     Their rounding depends on the alignment of the memory, which NumPy leaves to chance.
     """
-    return torch.tensor(x, dtype=torch.float64)
+    return torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def row_dots(blocks: Sequence[Tensor], v: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from hessian import (
     block_operator,
     hessian_operator,
     layer_slices,
+    layer_table,
     leading_eigenspace,
 )
 from tests.cases import TiedAutoencoder, cases, seeded
@@ -227,3 +228,14 @@ def test_a_block_keeps_the_rows_that_it_was_given():
     block = block_operator(A, rows)
     rows[1] = 1
     assert (block @ torch.ones(2)).tolist() == [1.0, 3.0]
+
+
+def test_parameters_without_entries_are_in_no_layer():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model.insert(0, nn.Identity())
+    model[0].register_parameter("nothing", nn.Parameter(torch.empty(0, dtype=F64)))
+    objective = objective_of(model)
+    assert list(layer_slices(objective)) == ["1", "3"]
+    H, B = dense(hessian_operator(objective)), dense(block_diagonal_operator(objective))
+    torch.testing.assert_close(B[:25, :25], H[:25, :25])
+    assert [row.size for row in layer_table(objective, num_probes=2).rows] == [25, 18]

@@ -11,10 +11,13 @@ from hessian import (
     NonFiniteError,
     Operator,
     hessian_operator,
+    leading_eigenspace,
+    spectral_density,
     trace,
 )
 from hessian.probes import CHUNK_BYTES, CountedProducts, SignProbes, chunk_columns
-from hessian.sketches import leave_one_out_traces
+from hessian.progress import report_progress
+from hessian.sketches import RangeBasis, leave_one_out_traces
 from hessian.traces import _ESTIMATORS
 from tests.cases import digits_network
 from tests.oracles import counted, digits_hessian, digits_leading, with_spectrum
@@ -554,3 +557,30 @@ def test_an_unknown_method_is_refused():
 def test_an_eigenspace_of_another_length_is_refused():
     with pytest.raises(ValueError, match="length 8, got 5"):
         trace(Operator.from_matrix(A), eigenspace=leading(torch.eye(5).double(), 2))
+
+
+def test_the_pace_counts_every_column_of_the_first_product():
+    steps = []
+    with report_progress(steps.append, "test") as update:
+        A = Operator.from_matrix(torch.eye(20, dtype=torch.float64))
+        A = Operator(A.product, A.size, A.dtype, A.device, A.product)
+        counted = CountedProducts(A, update, 64)
+        counted @ torch.ones(20, 16, dtype=torch.float64)
+    made = steps[0].products
+    assert made > 1
+    assert steps[0].seconds_left == pytest.approx(steps[0].seconds / made * (64 - made))
+
+
+def test_another_default_device_changes_nothing():
+    A = Operator.from_matrix(torch.diag(torch.tensor([1.0, 2.0, 5.0])))
+    expected = trace(A, num_probes=4).value, leading_eigenspace(A, k=1).values
+    with torch.device("meta"):
+        found = trace(A, num_probes=4).value, leading_eigenspace(A, k=1).values
+        spectral_density(A, num_probes=2)
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1])
+
+
+def test_a_range_basis_takes_entries_whose_squares_overflow():
+    Y = torch.eye(4)[:, :2] * 1e20
+    assert RangeBasis(Y).add(Y).shape == (4, 2)
