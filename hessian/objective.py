@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -466,17 +465,14 @@ class Objective:
 
     def _require_no_recomputation(self, w: Tensor, batch: Batch) -> None:
         """Refuse activation checkpoints, which are recomputed with the model's own weights."""
-        with suppress(Exception):
-            few = first_samples(batch, 2)
-            self.output(w, few)
-            batch = few
-        try:
-            with torch.enable_grad(), disable_saved_tensors_hooks(_RECOMPUTES):
-                self.output(w.detach().requires_grad_(), batch)
-        except RuntimeError as error:
-            if _RECOMPUTES in str(error):
-                raise ValueError(_RECOMPUTES) from error
-            raise
+        for part in (first_samples(batch, 2), batch):  # the whole, if it cannot be cut
+            try:
+                with torch.enable_grad(), disable_saved_tensors_hooks(_RECOMPUTES):
+                    self.output(w.detach().requires_grad_(), part)
+                return
+            except Exception as error:
+                if _RECOMPUTES in str(error):
+                    raise ValueError(_RECOMPUTES) from error
 
     def _require_scalar_regularizer(self) -> None:
         with torch.no_grad():
