@@ -427,8 +427,8 @@ class Objective:
         if split == "given":
             start, step = sum(counts[:rank]), 1
         places = [start + step * i for i in range(len(lengths))]
-        everywhere = torch.zeros(sum(counts), dtype=torch.float64)
-        everywhere[places] = torch.tensor(lengths, dtype=torch.float64)
+        everywhere = torch.zeros(sum(counts), dtype=torch.float64, device="cpu")
+        everywhere[places] = torch.tensor(lengths, dtype=torch.float64, device="cpu")
         total = self.ranks.gather(everywhere.tolist()).sum(dim=0)
         return places, [int(length) for length in total]
 

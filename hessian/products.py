@@ -140,7 +140,8 @@ def _choose(objective: Objective, w: Tensor, *, forced: bool) -> Method:
 def _try_reverse(objective: Objective, w: Tensor, batch: Batch) -> None:
     """Make one product on a batch; raises where a second derivative is missing or wrong."""
     w = w.detach().requires_grad_()
-    v = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(w.shape, generator=generator, device="cpu").to(w)
     product = torch.zeros_like(w)
     with torch.enable_grad(), differentiable_twice():
         total = objective.batch_total(w, batch)
