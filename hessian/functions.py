@@ -67,9 +67,9 @@ def apply_function(
 
     Example:
         >>> import torch
-        >>> A = Operator.from_matrix(torch.diag(torch.tensor([0.0, 1.0, 4.0])))
+        >>> A = Operator.from_matrix(torch.diag(torch.tensor([0.0, 1.0, 2.0])))
         >>> apply_function(A, torch.exp, torch.ones(3)).value
-        tensor([ 1.0000,  2.7183, 54.5981])
+        tensor([1.0000, 2.7183, 7.3891])
 
     References:
         Higham (2008), Functions of Matrices, section 13.2.
