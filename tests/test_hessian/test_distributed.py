@@ -168,8 +168,9 @@ def test_the_script_of_the_guide_prints_the_same_on_one_and_on_two_ranks(tmp_pat
     page = (ROOT / "docs/how-to/use_several_gpus.md").read_text()
     script = tmp_path / "spectrum.py"
     script.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    printed = [
-        subprocess.run(
+
+    def run(*launcher):
+        return subprocess.run(
             [sys.executable, *launcher, str(script)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -177,11 +178,11 @@ def test_the_script_of_the_guide_prints_the_same_on_one_and_on_two_ranks(tmp_pat
             text=True,
             timeout=120,
         )
-        for launcher in [
-            [],
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        ]
-    ]
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    printed = [run(), run(*torchrun)]
+    if "terminate called without an active exception" in printed[1].stderr:
+        printed[1] = run(*torchrun)  # gloo's threads, once in a while, when a process ends
     assert printed[1].returncode == 0, printed[1].stderr
     assert printed[0].stdout == printed[1].stdout
     assert "500 samples" in printed[0].stdout
