@@ -19,6 +19,7 @@ from torch import Tensor
 
 import flatvalley
 from hessian import DamagedFileError
+from hessian.storage import write_atomically as write_atomically
 
 Row = Mapping[str, Any]
 DECISIVE = ("flatvalley", "torch")
@@ -155,23 +156,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DamagedFileError(
             f"{path} is damaged ({error}). Remove it; what it held is computed again."
         ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Write to a temporary file beside the target and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _to_json(value: Any) -> str:

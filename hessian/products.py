@@ -117,15 +117,16 @@ def _choose(objective: Objective, w: Tensor, *, forced: bool) -> Method:
     try:
         _try_reverse(objective, w, batch)
         return "reverse"
-    except (RuntimeError, NotImplementedError) as error:
-        if forced:
+    except RuntimeError as error:
+        if forced or isinstance(error, torch.OutOfMemoryError):  # no other method needs less
             raise
         refused = error
     try:
         ForwardOverReverse(objective, w).batch_product(torch.ones_like(w), batch)
         return "forward"
-    except (RuntimeError, NotImplementedError):
-        pass
+    except RuntimeError as error:  # torch has no other word for a derivative that is missing
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
     kinks = _kinks(objective, w, batch)
     if kinks:
         raise ValueError(

@@ -49,7 +49,7 @@ def save(result: Eigenspace, path: str | Path) -> Path:
             tensors[field.name] = value.detach().cpu().contiguous()
         else:
             metadata[field.name] = json.dumps(_worded(value))
-    _write_whole(path, dump_tensors(tensors, metadata))
+    write_atomically(path, dump_tensors(tensors, metadata))
     return path
 
 
@@ -130,7 +130,7 @@ def _number(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> Path:
     """Write to a temporary file beside the target and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -144,3 +144,4 @@ def _write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return path
