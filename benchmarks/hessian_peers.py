@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_counts import HINTS, RememberedProducts, loosest_setting, orthonormal, rayleigh
+from peer_counts import HINTS, RememberedProducts, loosest_setting, orthonormal, rayleigh, spanning
 from peer_libraries import GOAL, LIBRARIES, SOLVERS, K, counted
 from peer_problems import SETTINGS, floors, load, plain_columns, plain_gradient, prepare
 from threadpoolctl import threadpool_limits
@@ -170,17 +170,19 @@ def direct(task: Record) -> Record:
 
 
 def residual(task: Record) -> Record:
-    """Measured residuals and eigenvalues of what a solver found, in plain torch."""
+    """Measured residuals and eigenvalues of what the solvers found, in plain torch."""
     problem = load(Path(task["path"]), task["samples"])
     files = [Path(file) for file in task["vectors"]]
     V = torch.cat([read_tensors(file)[0]["V"] for file in files], dim=1)
-    HV = plain_columns(problem, V, task["batch"])
+    # Solvers that agree share directions: each is multiplied once.
+    Q, coefficients = spanning(V)
+    HV = plain_columns(problem, Q, task["batch"]) @ coefficients
     found = {}
     for i, file in enumerate(files):
         columns = slice(i * K, (i + 1) * K)
         worst, values = rayleigh(V[:, columns], HV[:, columns])
         found[file.stem] = {"residual": worst, "values": values}
-    return found
+    return {"found": found, "real_products": Q.shape[1]}
 
 
 COMMANDS = {f.__name__: f for f in (trial, one_round, count, direct, residual)}
@@ -287,19 +289,20 @@ def measure(plan: Plan, name: str) -> Record:
                 )
                 directs.setdefault(key, []).append(record)
 
-    residuals: Record = {}
+    files = []
     for seed in plan.seeds:
-        files = [_vectors_file(plan.out, name, "count", solver, seed) for solver in SOLVERS]
+        files += [_vectors_file(plan.out, name, "count", solver, seed) for solver in SOLVERS]
         files += [_vectors_file(plan.out, name, "direct", key, seed) for key in directs]
-        residuals |= plan.cell(
-            f"{name}-residuals-{'direct-' if directs else ''}{seed}",
-            {
-                **task,
-                "do": "residual",
-                "vectors": [str(file) for file in files],
-                "batch": batches["plain"],
-            },
-        )
+    seeds = "-".join(map(str, plan.seeds))
+    residuals: Record = plan.cell(
+        f"{name}-residuals-{'direct-' if directs else ''}{seeds}",
+        {
+            **task,
+            "do": "residual",
+            "vectors": [str(file) for file in files],
+            "batch": batches["plain"],
+        },
+    )["found"]
     return {
         "problem": name,
         "title": SETTINGS[name].title,
