@@ -24,7 +24,7 @@ from flatvalley.studies.verify_cell import (
     run_cell,
     share_ks,
 )
-from flatvalley.training import CoupledConfig
+from flatvalley.coupled import CoupledConfig
 from flatvalley.workers import run_jobs
 from hessian import Objective
 from landscape import Evaluation, Line, barrier, random_share

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flatvalley.data import Dataset, load_dataset
 from flatvalley.models import tanh_mlp
 from flatvalley.run import read_tensors, write_tensors
-from flatvalley.training import CoupledConfig, CoupledResult, Progress, train_coupled
+from flatvalley.coupled import CoupledConfig, CoupledResult, Progress, train_coupled
 from hessian import (
     ConvergenceWarning,
     Eigenspace,

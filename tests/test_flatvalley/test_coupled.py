@@ -7,7 +7,7 @@ import torch
 from flatvalley.data import load_dataset
 from flatvalley.models import tanh_mlp
 from flatvalley.run import DamagedFileError
-from flatvalley.training import CoupledConfig, train_coupled
+from flatvalley.coupled import CoupledConfig, train_coupled
 from hessian import NonFiniteError
 
 CONFIG = CoupledConfig(gamma=0.4, time=12.0, batch_size=32, num_snapshots=5)
