@@ -29,9 +29,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
+from flatvalley.coupled import CoupledConfig, train_coupled
 from flatvalley.data import load_dataset
 from flatvalley.models import tanh_mlp
-from flatvalley.training import CoupledConfig, train_coupled
 from hessian import Objective, hessian_operator, leading_eigenspace
 from pruning import directional_prune, directional_scores, flat_response, soft_threshold
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rich.console import Console
 from torch import Tensor, nn
 
+from flatvalley.coupled import CoupledConfig
 from flatvalley.data import load_dataset
 from flatvalley.run import Run
 from flatvalley.studies.verify_cell import (
@@ -24,7 +25,6 @@ from flatvalley.studies.verify_cell import (
     run_cell,
     share_ks,
 )
-from flatvalley.coupled import CoupledConfig
 from flatvalley.workers import run_jobs
 from hessian import Objective
 from landscape import Evaluation, Line, barrier, random_share

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatvalley.coupled import CoupledConfig, CoupledResult, Progress, train_coupled
 from flatvalley.data import Dataset, load_dataset
 from flatvalley.models import tanh_mlp
 from flatvalley.run import read_tensors, write_tensors
-from flatvalley.coupled import CoupledConfig, CoupledResult, Progress, train_coupled
 from hessian import (
     ConvergenceWarning,
     Eigenspace,

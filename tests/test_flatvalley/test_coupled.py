@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from flatvalley.coupled import CoupledConfig, train_coupled
 from flatvalley.data import load_dataset
 from flatvalley.models import tanh_mlp
 from flatvalley.run import DamagedFileError
-from flatvalley.coupled import CoupledConfig, train_coupled
 from hessian import NonFiniteError
 
 CONFIG = CoupledConfig(gamma=0.4, time=12.0, batch_size=32, num_snapshots=5)
