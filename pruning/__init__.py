@@ -8,12 +8,14 @@ from pruning.directional import (
     magnitude_prune,
     soft_threshold,
 )
+from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
 from pruning.transport import Transport
 
 __all__ = [
     "GRDA",
+    "GradualMagnitude",
     "Pruned",
     "Scores",
     "TheoremWarning",
