@@ -1,63 +1,12 @@
-"""Networks of the studies."""
-
-import itertools
-from collections.abc import Sequence
+"""Residual networks: ResNet-20 for CIFAR-10 and ResNet-50 for ImageNet."""
 
 import torch
 from torch import Tensor, nn
 
-
-def tanh_mlp(sizes: Sequence[int], *, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a fully connected network with tanh between its layers.
-
-    Smooth, so that its Hessian exists everywhere. Weights and biases start uniform on
-    ±1/√fan_in, torch's default; the global random state is put back.
-
-    Args:
-        sizes: Widths from input to output, at least two.
-        seed: Seed of the initial weights.
-        dtype: Type of the weights.
-
-    Raises:
-        ValueError: If fewer than two widths are given, or one is not positive.
-    """
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"`sizes` must be two or more positive widths, got {list(sizes)}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in itertools.pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out, dtype=dtype), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+from flatvalley.models.start import convolution, seeded
 
 
-def lenet_300_100(*, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return LeNet-300-100 for MNIST: 784-300-100-10 with ReLU, 266,610 weights.
-
-    With ReLU between the layers, as in the literature on pruning. Weights and biases start uniform
-    on ±1/√fan_in, torch's default; the global random state is put back.
-
-    Args:
-        seed: Seed of the initial weights.
-        dtype: Type of the weights.
-
-    Example:
-        >>> model = lenet_300_100(seed=0)
-        >>> sum(p.numel() for p in model.parameters())
-        266610
-
-    References:
-        LeCun, Bottou, Bengio, Haffner (1998), Gradient-based learning applied to document
-        recognition. Han, Pool, Tran, Dally (2015), Learning both weights and connections.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        first, second, last = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
-    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
-    return model.to(dtype)
-
-
-def resnet20(*, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+def resnet20(*, seed: int, num_classes: int = 10, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return ResNet-20 for CIFAR-10 images: 269,722 weights, in training mode.
 
     Three stages of three basic blocks with 16, 32 and 64 channels. Shortcuts are the identity,
@@ -67,6 +16,7 @@ def resnet20(*, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     Args:
         seed: Seed of the initial weights.
+        num_classes: Length of the output.
         dtype: Type of the weights.
 
     Example:
@@ -77,15 +27,14 @@ def resnet20(*, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         He, Zhang, Ren, Sun (2016), Deep residual learning for image recognition, section 4.2.
         He, Zhang, Ren, Sun (2015), Delving deep into rectifiers.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = [_convolution(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+    with seeded(seed):
+        layers: list[nn.Module] = [convolution(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
         inputs = 16
         for width in (16, 32, 64):
             for _ in range(3):
                 layers.append(_BasicBlock(inputs, width))
                 inputs = width
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes)]
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -107,8 +56,7 @@ def resnet50(
         He, Zhang, Ren, Sun (2016), Deep residual learning for image recognition.
         He, Zhang, Ren, Sun (2015), Delving deep into rectifiers.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return _ResNet50(num_classes).to(dtype)
 
 
@@ -116,8 +64,8 @@ class _BasicBlock(nn.Module):
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         self.stride, self.missing = (1, 0) if inputs == width else (2, width - inputs)
-        self.conv1, self.bn1 = _convolution(inputs, width, 3, self.stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = _convolution(width, width, 3), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = convolution(inputs, width, 3, self.stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = convolution(width, width, 3), nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -131,13 +79,13 @@ class _Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         outputs = 4 * width
-        self.conv1, self.bn1 = _convolution(inputs, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = _convolution(width, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = _convolution(width, outputs, 1), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = convolution(inputs, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = convolution(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = convolution(width, outputs, 1), nn.BatchNorm2d(outputs)
         self.downsample = nn.Sequential()
         if inputs != outputs:
             self.downsample = nn.Sequential(
-                _convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
+                convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +97,7 @@ class _Bottleneck(nn.Module):
 class _ResNet50(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _convolution(3, 64, 7, 2), nn.BatchNorm2d(64)
+        self.conv1, self.bn1 = convolution(3, 64, 7, 2), nn.BatchNorm2d(64)
         self.layer1 = _stage(64, 64, 3, stride=1)
         self.layer2 = _stage(256, 128, 4, stride=2)
         self.layer3 = _stage(512, 256, 6, stride=2)
@@ -166,10 +114,3 @@ class _ResNet50(nn.Module):
 def _stage(inputs: int, width: int, depth: int, *, stride: int) -> nn.Module:
     first = _Bottleneck(inputs, width, stride)
     return nn.Sequential(first, *(_Bottleneck(4 * width, width, 1) for _ in range(depth - 1)))
-
-
-def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution without bias that keeps the size at stride 1, as batch norm follows it."""
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return layer
