@@ -17,7 +17,8 @@ from hessian.function_traces import function_trace, logdet
 from hessian.functions import FunctionProduct, apply_function
 from hessian.gauss_newton import gauss_newton_operator
 from hessian.layers import LayerRow, LayerTable, layer_table
-from hessian.objective import LossStatistics, Objective
+from hessian.loss_statistics import LossStatistics
+from hessian.objective import Objective
 from hessian.operators import Operator
 from hessian.products import hessian_operator
 from hessian.storage import DamagedFileError, load_eigenspace, save, to_pandas

@@ -1,8 +1,6 @@
 """The training loss as a function of one flat vector of weights, with its derivatives."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -10,64 +8,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 
-from hessian.batches import (
-    Batch,
-    as_batches,
-    batch_length,
-    first_samples,
-    map_tensors,
-    one_pass,
-    require_repeatable,
-    to_device,
-)
-from hessian.criteria import BatchCriterion, Count, Criterion, stand_in_output
-from hessian.determinism import require_fixed_modules, require_pure_forward
+from hessian.batches import Batch, as_batches, one_pass, require_repeatable, to_device
+from hessian.construction_checks import require_scalar, survey
+from hessian.criteria import BatchCriterion, Count, Criterion
+from hessian.determinism import require_fixed_modules
 from hessian.distributed import Ranks
 from hessian.double_backward import (
     differentiable_twice,
     require_autograd,
     require_second_derivative,
 )
-from hessian.errors import NonDeterministicError, NonFiniteError
-from hessian.parameters import Selection, select_parameters, unwrapped
-from hessian.rank_data import Split, rank_share
-
-_RECOMPUTES = (
-    "The model must not use activation checkpointing (or other hooks on saved tensors): backward "
-    "passes would recompute activations with the model's own weights instead of w. Switch it off, "
-    "for instance with `model.gradient_checkpointing_disable()`, and use smaller batches."
-)
+from hessian.finiteness import finite_loss, finite_vector
+from hessian.flat_weights import FlatWeights
+from hessian.loss_statistics import LossStatistics
+from hessian.parameters import Selection
+from hessian.rank_data import Places, Split, rank_share
 
 Regularizer = Callable[[dict[str, Tensor]], Any]
 """A scalar tensor from the selected weights by name, in their shapes."""
 
 
-@dataclass(frozen=True)
-class LossStatistics:
-    """Count, sum and sum of squares of per-sample losses at one point, without the regulariser."""
-
-    count: int
-    total: float
-    total_squares: float
-
-    @property
-    def mean(self) -> float:
-        """The loss on the data: the mean over samples."""
-        return self.total / self.count
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the mean, the samples taken as independent; NaN for one sample."""
-        if self.count < 2:
-            return math.nan
-        spread = max(self.total_squares - self.total**2 / self.count, 0.0)
-        return math.sqrt(spread / (self.count - 1) / self.count)
-
-
-class Objective:
+class Objective(FlatWeights):
     """The mean loss L(w) over a data set, for any flat weight vector w of shape [d].
 
     L(w) = Σ_b n_b ℓ_b(w) / Σ_b n_b + R(w), where ℓ_b is the mean loss over batch b, n_b what the
@@ -136,8 +99,6 @@ class Objective:
     """Number of samples in the data, over all ranks."""
     normalizer: float
     """What sums over all batches are divided by: what they count for together, on all ranks."""
-    places: Sequence[int]
-    """Places in the data of the batches that this rank works on."""
 
     def __init__(
         self,
@@ -153,61 +114,31 @@ class Objective:
         group: dist.ProcessGroup | None = None,
         split: Split = "batches",
     ) -> None:
+        super().__init__(model, parameters)
         self.criterion = criterion
         self._criterion = BatchCriterion(criterion, reduction, count)
         self._regularizer = regularizer
-        self.model = unwrapped(model)
-        self._parameters = select_parameters(self.model, parameters)
-        first = next(iter(self._parameters.values()))
-        self.dtype, self.device = first.dtype, first.device
-        self.shapes = {name: p.shape for name, p in self._parameters.items()}
-        self._lengths = [p.numel() for p in self._parameters.values()]
-        self.size = sum(self._lengths)
         self.ranks = Ranks(group, self.device)
         with self.ranks.in_step(*self.model.parameters(), *self.model.buffers()):
             require_fixed_modules(self.model)
-            self._require_scalar_regularizer()
+            if regularizer is not None:
+                require_scalar(regularizer, self.unflatten(self.weights()))
         self._data = rank_share(as_batches(data, batch_size), self.ranks, split)
         with self.ranks.in_step():
             require_repeatable(self._data)
-            lengths, weight = self._survey()
+            lengths, weight = survey(self, self._criterion)
         self.normalizer = float(self.ranks.gather([weight]).sum())
-        self.places, self._batch_lengths = self._arrange(lengths, split)
-        self.num_samples = sum(self._batch_lengths)
+        self._places = Places.among(self.ranks, lengths, split)
+        self.num_samples = sum(self._places.lengths)
         if self.num_samples == 0:
             raise ValueError("`data` must hold at least one sample, got none.")
         if self.normalizer == 0:
             raise ValueError("`count` must not be 0 for all of the data.")
 
-    def weights(self) -> Float[Tensor, " d"]:
-        """Return a copy of the model's current weights as one flat vector."""
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters.values()])
-
-    def write_(self, w: Float[Tensor, " d"]) -> None:
-        """Write w into the model. The only method that changes the model.
-
-        Raises:
-            ValueError: If w has another length, type or device than the weights.
-        """
-        self.require_vector(w, "w")
-        with torch.no_grad():
-            for p, part in zip(
-                self._parameters.values(), torch.split(w.detach(), self._lengths), strict=True
-            ):
-                p.copy_(part.view_as(p))
-
-    def unflatten(self, w: Float[Tensor, " d"]) -> dict[str, Tensor]:
-        """Return views of w by parameter name, in the parameters' shapes.
-
-        Raises:
-            ValueError: If w has another length than the weights.
-        """
-        self._require_length(w, "w")
-        parts = torch.split(w, self._lengths)
-        return {
-            name: part.view(shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+    @property
+    def places(self) -> Sequence[int]:
+        """Places in the data of the batches that this rank works on."""
+        return self._places.own
 
     def batches(self) -> Iterator[Batch]:
         """Iterate over this rank's batches, on the model's device."""
@@ -273,7 +204,9 @@ class Objective:
         """Return L(w). Costs one forward pass over the data."""
         with self.ranks.in_step(w), torch.no_grad():
             self._begin(w)
-            totals = self._in_place([self.batch_total(w, batch) for batch in self.batches()])
+            totals = self._places.put(
+                [self.batch_total(w, batch) for batch in self.batches()], self.device
+            )
         return self._mean(totals, w)
 
     def gradient(self, w: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -290,7 +223,7 @@ class Objective:
                 total = self.batch_total(w, batch)
                 out += torch.autograd.grad(total, w, materialize_grads=True)[0]
                 sums.append(total.detach())
-            totals = self._in_place(sums)
+            totals = self._places.put(sums, self.device)
         loss = self._mean(totals, w)
         out = self.reduce_(out).div_(self.normalizer)
         if self._regularizer is not None:
@@ -298,7 +231,7 @@ class Objective:
                 penalty = self.regularization(w)
                 if penalty.requires_grad:
                     out += torch.autograd.grad(penalty, w, materialize_grads=True)[0]
-        return loss, self._finite(out, "gradient")
+        return loss, finite_vector(out, "gradient", self)
 
     def hessian_product(
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"]
@@ -318,13 +251,13 @@ class Objective:
                 total = self.batch_total(w, batch)
                 out += _curvature_product(total, w, v)
                 sums.append(total.detach())
-            totals = self._in_place(sums)
+            totals = self._places.put(sums, self.device)
         loss = self._mean(totals, w)
         out = self.reduce_(out).div_(self.normalizer)
         if self._regularizer is not None:
             with torch.enable_grad():
                 out += _curvature_product(self.regularization(w), w, v)
-        return loss, self._finite(out, "Hessian-vector product")
+        return loss, finite_vector(out, "Hessian-vector product", self)
 
     def batch_hessian_product(
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"], batch: Batch
@@ -337,7 +270,7 @@ class Objective:
         self.require_vector(v, "v")
         with torch.enable_grad(), differentiable_twice():
             product = _curvature_product(self.batch_loss(w, batch), w, v)
-        return self._finite(product, "Hessian-vector product")
+        return finite_vector(product, "Hessian-vector product", self)
 
     def sample_losses(self, w: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
         """Return every sample's part of the loss at w, in the order of the data, in float64.
@@ -350,14 +283,14 @@ class Objective:
                 criterion that returns a scalar), or its single losses do not add up to its mean
                 times ``count``.
         """
-        ends = list(accumulate(self._batch_lengths))
+        ends = list(accumulate(self._places.lengths))
         with self.ranks.in_step(w), torch.no_grad():
             self._begin(w)
             parts = [
                 self.sample_losses_from_output(self.output(w, batch), batch).to(torch.float64)
                 for batch in self.batches()
             ]
-            totals = self._in_place([part.sum() for part in parts])
+            totals = self._places.put([part.sum() for part in parts], self.device)
             losses = totals.new_zeros(self.num_samples)
             for place, part in zip(self.places, parts, strict=True):
                 losses[ends[place] - len(part) : ends[place]] = part
@@ -383,138 +316,12 @@ class Objective:
         require_fixed_modules(self.model)
         return w
 
-    def _require_length(self, v: Tensor, name: str) -> None:
-        if v.shape != (self.size,):
-            raise ValueError(
-                f"`{name}` must be a flat vector with one entry for each of the {self.size} "
-                f"selected weights, got shape {list(v.shape)}."
-            )
-
-    def require_vector(self, v: Tensor, name: str) -> None:
-        """Check that v can stand beside the weights.
-
-        Raises:
-            ValueError: Naming ``name``, if v has another length, type or device than the weights.
-        """
-        self._require_length(v, name)
-        if v.dtype != self.dtype or v.device != self.device:
-            raise ValueError(
-                f"`{name}` must be {self.dtype} on {self.device} like the model's weights, got "
-                f"{v.dtype} on {v.device}. Convert it with `{name}.to(objective.weights())`."
-            )
-
-    def _survey(self) -> tuple[list[int], float]:
-        """Lengths and total count of this rank's batches, checked in one pass.
-
-        The model runs on the first batch alone; every batch's targets are shown to the criterion.
-        """
-        lengths, weight = [], 0.0
-        w = self.weights()
-        for i, batch in enumerate(self.batches()):
-            lengths.append(batch_length(batch))
-            weight += self.batch_weight(batch)
-            with torch.no_grad():
-                if i == 0:
-                    first, output = batch, self._checked_output(w, batch)
-                elif (stand_in := stand_in_output(output, first, batch)) is not None:
-                    self._criterion.require_additive(stand_in, batch)
-        return lengths, weight
-
-    def _arrange(self, lengths: list[int], split: Split) -> tuple[list[int], list[int]]:
-        """Places of this rank's batches among those of all ranks, and the lengths of all."""
-        counts = [int(row) for row in self.ranks.gather([float(len(lengths))])[:, 0]]
-        rank, start, step = self.ranks.rank, self.ranks.rank, self.ranks.size
-        if split == "given":
-            start, step = sum(counts[:rank]), 1
-        places = [start + step * i for i in range(len(lengths))]
-        everywhere = torch.zeros(sum(counts), dtype=torch.float64, device="cpu")
-        everywhere[places] = torch.tensor(lengths, dtype=torch.float64, device="cpu")
-        total = self.ranks.gather(everywhere.tolist()).sum(dim=0)
-        return places, [int(length) for length in total]
-
-    def _in_place(self, totals: list[Tensor]) -> Tensor:
-        """Sums of this rank's batches in the places that they have among all; zero elsewhere."""
-        if len(totals) != len(self.places):
-            raise NonDeterministicError(
-                f"`data` must give the same batches in every pass, got {len(totals)} of them and "
-                f"{len(self.places)} before."
-            )
-        out = torch.zeros(len(self._batch_lengths), dtype=torch.float64, device=self.device)
-        for place, total in zip(self.places, totals, strict=True):
-            out[place] = total.to(torch.float64)
-        return out
-
-    def _checked_output(self, w: Tensor, batch: Batch) -> Any:
-        """Output on a batch, if the forward pass is pure and the criterion a mean."""
-        try:
-            with require_pure_forward(self.model):
-                output = self.output(w, batch)
-                self.total_from_output(output, batch)
-        except RuntimeError as error:
-            foreign = _floating_types(batch) - {self.dtype}
-            if not foreign:
-                raise
-            raise ValueError(
-                f"`data` holds {', '.join(map(str, foreign))}, the model's weights are "
-                f"{self.dtype}, and the forward pass failed ({error}). Convert the data, or the "
-                f"model with `model.to({next(iter(foreign))})`."
-            ) from error
-        self._criterion.require_additive(output, batch, lambda part: self.output(w, part))
-        self._require_no_recomputation(w, batch)
-        return output
-
-    def _require_no_recomputation(self, w: Tensor, batch: Batch) -> None:
-        """Refuse activation checkpoints, which are recomputed with the model's own weights."""
-        for part in (first_samples(batch, 2), batch):  # the whole, if it cannot be cut
-            try:
-                with torch.enable_grad(), disable_saved_tensors_hooks(_RECOMPUTES):
-                    self.output(w.detach().requires_grad_(), part)
-                return
-            except Exception as error:
-                if _RECOMPUTES in str(error):
-                    raise ValueError(_RECOMPUTES) from error
-
-    def _require_scalar_regularizer(self) -> None:
-        with torch.no_grad():
-            found: Any = (
-                None
-                if self._regularizer is None
-                else self._regularizer(self.unflatten(self.weights()))
-            )
-        if self._regularizer is None or (isinstance(found, Tensor) and found.ndim == 0):
-            return
-        shape = f" of shape {list(found.shape)}" if isinstance(found, Tensor) else ""
-        raise TypeError(
-            "`regularizer` must return a scalar tensor from the weights by name, got a "
-            f"{type(found).__name__}{shape}."
-        )
-
     def _mean(self, totals: Tensor, w: Tensor) -> float:
         """L from every rank's part of the totals; names what is not finite."""
         totals = self.reduce_(totals)
-        total = float(totals.sum())
         with torch.no_grad():
             penalty = float(self.regularization(w))
-        loss = total / self.normalizer + penalty
-        if math.isfinite(loss):
-            return loss
-        for name, part in self.unflatten(w.detach()).items():
-            if not torch.isfinite(part).all():
-                raise NonFiniteError(f"The weights hold a NaN or an infinity in `{name}`.")
-        if math.isfinite(total):
-            raise NonFiniteError(f"`regularizer` is {penalty} at finite weights.")
-        bad = next((i for i, t in enumerate(totals.tolist()) if not math.isfinite(t)), None)
-        where = "their sum" if bad is None else f"batch {bad}"
-        raise NonFiniteError(
-            f"The loss is {loss} (first in {where} of {len(totals)}) at finite weights. Look at "
-            "that batch for NaN inputs or an overflow in the model."
-        )
-
-    def _finite(self, vector: Tensor, what: str) -> Tensor:
-        if not torch.isfinite(vector).all():
-            bad = [n for n, p in self.unflatten(vector).items() if not torch.isfinite(p).all()]
-            raise NonFiniteError(f"The {what} is not finite, first in `{bad[0]}`.")
-        return vector
+        return finite_loss(totals, self.normalizer, penalty, self.unflatten(w.detach()))
 
 
 def _curvature_product(total: Tensor, w: Tensor, v: Tensor) -> Tensor:
@@ -526,15 +333,3 @@ def _curvature_product(total: Tensor, w: Tensor, v: Tensor) -> Tensor:
         return torch.zeros_like(w)
     require_second_derivative(gradient)
     return torch.autograd.grad(gradient, w, v, materialize_grads=True)[0].detach()
-
-
-def _floating_types(batch: Batch) -> set[torch.dtype]:
-    found: set[torch.dtype] = set()
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
-            found.add(tensor.dtype)
-        return tensor
-
-    map_tensors(batch, note)
-    return found

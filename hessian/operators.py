@@ -13,6 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from hessian.errors import NonFiniteError
+from hessian.finiteness import all_finite
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class Operator:
                 f"A product must have the shape of its argument, {list(v.shape)}, got "
                 f"{list(out.shape)}."
             )
-        # Both are NaN if any entry is; a tenth of the time of asking every entry.
-        if not all(torch.isfinite(end) for end in torch.aminmax(out)):
+        if not all_finite(out):
             raise NonFiniteError("A product with the operator holds a NaN or an infinity.")
         return out
 

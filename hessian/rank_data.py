@@ -1,14 +1,17 @@
 """Which batches of the data a rank works on."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from hessian.batches import Batch, fingerprint, one_pass, refuse_shuffling
 from hessian.distributed import Ranks
+from hessian.errors import NonDeterministicError
 
 Split = Literal["batches", "given"]
 """``"batches"``: every rank is given all data; ``"given"``: every rank is given its own."""
@@ -49,6 +52,44 @@ def rank_share(batches: Iterable[Batch], ranks: Ranks, split: Split) -> Iterable
     if type(batches) is DataLoader and batches.batch_sampler is not None:
         return _loader_of(batches, ranks)
     return EveryNth(batches, ranks.rank, ranks.size)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where this rank's batches stand among those of all ranks."""
+
+    own: list[int]
+    lengths: list[int]
+    """Samples in every batch of all ranks."""
+
+    @classmethod
+    def among(cls, ranks: Ranks, lengths: list[int], split: Split) -> "Places":
+        """Arrange batches of these lengths; the ranks call it together."""
+        counts = [int(row) for row in ranks.gather([float(len(lengths))])[:, 0]]
+        start, step = ranks.rank, ranks.size
+        if split == "given":
+            start, step = sum(counts[: ranks.rank]), 1
+        own = [start + step * i for i in range(len(lengths))]
+        everywhere = torch.zeros(sum(counts), dtype=torch.float64, device="cpu")
+        everywhere[own] = torch.tensor(lengths, dtype=torch.float64, device="cpu")
+        total = ranks.gather(everywhere.tolist()).sum(dim=0)
+        return cls(own, [int(length) for length in total])
+
+    def put(self, totals: list[Tensor], device: torch.device) -> Tensor:
+        """Return this rank's sums in float64 in their places; zero in those of the others.
+
+        Raises:
+            NonDeterministicError: If there are more or fewer sums than batches.
+        """
+        if len(totals) != len(self.own):
+            raise NonDeterministicError(
+                f"`data` must give the same batches in every pass, got {len(totals)} of them and "
+                f"{len(self.own)} before."
+            )
+        out = torch.zeros(len(self.lengths), dtype=torch.float64, device=device)
+        for place, total in zip(self.own, totals, strict=True):
+            out[place] = total.to(torch.float64)
+        return out
 
 
 class EveryNth:

@@ -10,7 +10,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hessian.errors import NonFiniteError
-from hessian.objective import LossStatistics, Objective
+from hessian.loss_statistics import LossStatistics
+from hessian.objective import Objective
 from landscape.paths import Path
 from landscape.planes import Plane
 
