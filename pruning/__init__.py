@@ -11,6 +11,7 @@ from pruning.directional import (
 from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
+from pruning.sparsity_target import SparsityWarning
 from pruning.transport import Transport
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "GradualMagnitude",
     "Pruned",
     "Scores",
+    "SparsityWarning",
     "TheoremWarning",
     "Transport",
     "directional_prune",
