@@ -185,7 +185,7 @@ class GradualMagnitude:
         chosen = smallest(magnitudes, round(share * len(magnitudes)))
         parts = torch.split(chosen, [mask.numel() for mask in masks])
         for mask, part in zip(masks, parts, strict=True):
-            mask.logical_or_(part.view_as(mask).to(mask.device))
+            mask.copy_(part.view_as(mask))
 
 
 def smallest(values: Float[Tensor, " d"], count: int) -> Bool[Tensor, " d"]:

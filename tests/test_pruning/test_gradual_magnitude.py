@@ -49,14 +49,14 @@ def sgd(model, **options):
 def test_the_share_of_zeros_follows_the_cubic_schedule_and_ends_exact():
     model = network()
     optimizer = sgd(model, momentum=0.9)
-    pruner = GradualMagnitude(optimizer, 0.85, begin=10, end=47, every=5)
+    pruner = GradualMagnitude(optimizer, 0.85, begin=12, end=47, every=5)
     size, seen = 147, [0.0]
     train(model, optimizer, pruner, 60, watch=lambda: seen.append(pruner.sparsity()))
     for n, share in enumerate(seen):
-        last = 47 if n >= 47 else max(10, n - n % 5)
-        expected = 0.85 * (1 - (1 - (last - 10) / 37) ** 3)
+        last = 47 if n >= 47 else max(12, n - (n - 12) % 5)
+        expected = 0.85 * (1 - (1 - (last - 12) / 35) ** 3)
         assert round(share * size) == round(expected * size), n
-    assert seen[10] == 0.0 < seen[15] < seen[30] < seen[47] == round(0.85 * size) / size
+    assert seen[16] == 0.0 < seen[17] < seen[30] < seen[47] == round(0.85 * size) / size
     assert int((weights(model) == 0).sum()) == round(0.85 * size)
 
 
@@ -192,6 +192,17 @@ def test_pruned_weights_and_their_momentum_stay_zero(build):
     before = weights(model)
     train(model, optimizer, pruner, 20, first=4, watch=watch)
     assert int((weights(model) != before).sum()) > 30
+
+
+def test_a_pruned_weight_is_ranked_below_all_others_even_when_just_pushed_far():
+    p = parameter(0.1, 1.0, 2.0, 3.0)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    pruner = GradualMagnitude(optimizer, 0.5, begin=0, end=3, every=1)
+    for expected in ([0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 2.0, 3.0], [0.0, 0.0, 2.0, 3.0]):
+        p.grad = torch.tensor([-9.0, 0.0, 0.0, 0.0], dtype=F64) if pruner.num_steps else p * 0
+        optimizer.step()
+        pruner.step()
+        assert p.tolist() == expected
 
 
 def test_what_is_left_trains_as_if_the_pruned_weights_had_never_been():
