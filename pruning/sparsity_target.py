@@ -26,7 +26,7 @@ class SparsityWarning(UserWarning):
     """The wanted sparsity was not there at the horizon; the message says what came."""
 
 
-def growth(lr: float, mu: float, first: float, last: float) -> float:
+def growth(lr: float, mu: float, first: int, last: float) -> float:
     """Return what c = 1 adds to the threshold from step ``first`` to step ``last`` at this lr."""
     return float(lr ** (mu + 0.5) * (last**mu - first**mu))
 
