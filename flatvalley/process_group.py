@@ -1,0 +1,53 @@
+"""The processes of ``torchrun``, and the sums they share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed as dist
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, if it did, for the time of the block.
+
+    Args:
+        device: ``"cpu"`` for gloo; ``"cuda"`` for NCCL, which takes one GPU for each process.
+
+    Raises:
+        ValueError: If a GPU is named by its number under ``torchrun``.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'`device` must be cpu or cuda under torchrun, got "{device}".')
+    if device == "cuda":
+        torch.cuda.set_device(own_device(device))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+        dist.barrier()  # nobody leaves while another still needs the group
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: str) -> str:
+    """Return the device of this process: of several on a machine, each has a GPU of its own."""
+    several = world()[1] > 1 or dist.is_torchelastic_launched()
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several and device == "cuda" else device
+
+
+def world() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes; 0 and 1 without a group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Add a tensor up over the processes, in place, and return it."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,514 @@
+"""The loop of a training: steps, readings, evaluations, checkpoints; and how it goes on."""
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flatvalley.checkpoints import Checkpoints, content, storage_errors
+from flatvalley.process_group import sum_over_ranks
+from flatvalley.run import Row, Run
+from flatvalley.schedules import schedule
+from flatvalley.train_config import TrainConfig
+from flatvalley.train_data import Samples, TrainData
+from flatvalley.train_logs import TrainLog
+from flatvalley.trainees import Criterion, Trainee
+from flatvalley.user_code import build, describe
+from hessian import NonFiniteError
+
+EVALUATION_BATCH = 1000
+"""Samples in a forward pass of an evaluation."""
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""Called with the steps done, the steps in all, and each run's loss when it was last read."""
+
+
+class Training:
+    """The state of a training between two steps.
+
+    Args:
+        config: Settings, with the device of this process.
+        data: The samples.
+        make_model: Returns the same freshly started model at every call.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If the model cannot be evaluated on the data, or starts elsewhere at each call.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainData,
+        make_model: Callable[[], nn.Module],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.config, self.data, self._make_model = config, data, make_model
+        self.rank, self.world_size = rank, world_size
+        self.batches = data.batches(config, rank=rank, world_size=world_size)
+        self.steps_per_epoch = len(self.batches)
+        self.num_steps = config.epochs * self.steps_per_epoch
+        self._factor = schedule(
+            config.schedule,
+            epochs=config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            warmup=config.warmup,
+        )
+        self.step = 0
+        self.notes: list[str] = []
+        self.log = TrainLog(None)
+        self.threads = config.threads or torch.get_num_threads()
+        self._checkpoints: Checkpoints | None = None
+        self._checkpoint_seconds = math.inf
+        self._run: Run | None = None
+        self._snapshots = _snapshot_steps(config, self.num_steps)
+        self._classifies = False
+        with self.everything_put_back():
+            self.trainees = self._start()
+            self._try_out()
+        count = len(self.trainees)
+        # Sums since the last reading, on the device: of losses and of right answers.
+        self._sums = torch.zeros(count, 2, dtype=torch.float64, device=config.device)
+        self._cells = [(self._sums[i, 0], self._sums[i, 1]) for i in range(count)]
+        self._read_step = 0
+        self._epoch_sums = [[0.0, 0.0] for _ in range(count)]
+        self._losses: dict[str, float] = {}
+        self._seconds = 0.0
+        self._began = self._saved = time.monotonic()
+        self._last_factor = math.nan
+
+    def keep_in(
+        self,
+        run: Run | None,
+        checkpoints: Checkpoints | None,
+        checkpoint_seconds: float,
+        *,
+        tensorboard: bool = False,
+    ) -> None:
+        """Write into a folder from now on, and go on from the state that it holds, if any.
+
+        Raises:
+            ValueError: If the checkpoint belongs to another training.
+            DamagedFileError: If there are checkpoints, but none is whole.
+        """
+        self.log = TrainLog(run, tensorboard=tensorboard)
+        self._run, self._checkpoints = run, checkpoints
+        self._checkpoint_seconds = checkpoint_seconds
+        found = None if checkpoints is None else checkpoints.latest()
+        if found is not None:
+            self._load(found.state)
+            for damaged in found.damaged:
+                self._note(f"Passed over a damaged checkpoint: {damaged}.")
+
+    def go_on(self, progress: Progress | None = None) -> None:
+        """Train from where the state is to the end.
+
+        Raises:
+            NonFiniteError: If a loss, a gradient or a weight is not finite.
+            StorageError: If a file cannot be written.
+        """
+        if self.step == 0:
+            self._snapshot()
+        self._began = self._saved = time.monotonic()
+        while self.step < self.num_steps:
+            try:
+                self._advance()
+                self._after_step()
+            except NonFiniteError as error:
+                raise self._located(error) from error
+            if progress is not None and self.rank == 0:
+                progress(self.step, self.num_steps, self._losses)
+        self.log.write()
+        self.log.close()
+
+    def last_row(self, name: str) -> Row:
+        """Return the newest row of a run in the table ``epochs``."""
+        return next(row for row in reversed(self.log.tables["epochs"]) if row["run"] == name)
+
+    def start_digest(self) -> str:
+        """Return a short digest of the weights that all runs start from."""
+        found = hashlib.sha256()
+        for t in self.trainees[0].weights().values():
+            found.update(content(t))
+        return found.hexdigest()[:16]
+
+    @contextmanager
+    def everything_put_back(self) -> Iterator[None]:
+        """Set what the training needs of torch's global state; put it back afterwards."""
+        cuda = self.config.device.startswith("cuda")
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        threads = torch.get_num_threads()
+        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[self.config.device] if cuda else []))
+            stack.enter_context(self._warnings_noted())
+            try:
+                torch.set_num_threads(self.threads)
+                matmul.allow_tf32 = cudnn.allow_tf32 = self.config.precision in ("tf32", "bf16")
+                cudnn.benchmark = True
+                yield
+            finally:
+                torch.set_num_threads(threads)
+                matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+    def _start(self) -> list[Trainee]:
+        """Make the runs anew, all from one start."""
+        config = self.config
+        criterion = _criterion(config)
+        trainees = []
+        for text, spec in zip(config.runs, config.specs, strict=True):
+            model = self._make_model().train().to(config.device)
+            if config.precision == "float64":
+                model = model.double()
+            if config.channels_last:
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if self.world_size > 1 and config.device.startswith("cuda"):
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+            trainees.append(
+                Trainee(
+                    text,
+                    spec,
+                    model,
+                    criterion,
+                    config,
+                    num_steps=self.num_steps,
+                    distributed=self.world_size > 1,
+                )
+            )
+        first = trainees[0].weights()
+        for other in trainees[1:]:
+            if any(not torch.equal(t, first[name]) for name, t in other.weights().items()):
+                raise ValueError(
+                    "`make_model` must return the same freshly started model at every call, so "
+                    "that all runs start alike. Set torch's seed in it."
+                )
+        return trainees
+
+    def _try_out(self) -> None:
+        """See whether the model takes the data, before anything is written."""
+        x, y = self.data.test.inputs[:2], self.data.test.labels[:2]
+        trainee = self.trainees[0]
+        try:
+            with _evaluating(trainee.model), trainee.autocast():
+                out = trainee.model(x)
+                trainee.criterion(out, y)
+        except Exception as error:
+            raise ValueError(
+                f"`model` {self.config.model} must be able to evaluate `data` "
+                f"{self.data.name}, inputs of shape {list(x.shape[1:])}, but that raised "
+                f"{describe(error)}."
+            ) from error
+        integral = y.ndim == 1 and not y.is_floating_point()
+        self._classifies = integral and isinstance(out, Tensor) and out.ndim == 2
+
+    def _advance(self) -> None:
+        """Make one step of every run on the same batch."""
+        x, y = self.batches.batch(self.step)
+        if self.config.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        factor = self._factor(self.step)
+        if factor != self._last_factor:
+            self._last_factor = factor
+            for trainee in self.trainees:
+                trainee.set_rate(factor)
+        for trainee, (losses, right) in zip(self.trainees, self._cells, strict=True):
+            self._seed_noise()
+            loss, out = trainee.step(x, y)
+            # Nothing is read here, so nothing waits for the device.
+            losses.add_(loss, alpha=len(y))
+            if self._classifies:
+                right.add_((out.argmax(1) == y).sum())
+        self.step += 1
+
+    def _seed_noise(self) -> None:
+        """Let dropout draw what belongs to this step and process, whoever drew before."""
+        mixed = (self.config.seed * 1_000_003 + self.step) * 1_009 + self.rank
+        torch.default_generator.manual_seed(mixed % 2**63)
+        if self.config.device.startswith("cuda"):
+            torch.cuda.manual_seed(mixed % 2**63)
+
+    def _after_step(self) -> None:
+        """Read, evaluate, write: what is due after this step, in an order a kill cannot tear."""
+        ends = self.step % self.steps_per_epoch == 0
+        if not ends and self.step % self.config.log_every and self.step not in self._snapshots:
+            return
+        save = False
+        if ends or self.step % self.config.log_every == 0:
+            save = self._read()
+        if ends:
+            self._end_epoch()
+        if self.step in self._snapshots:
+            self._snapshot()
+        if save or self.step == self.num_steps:
+            self._save()
+
+    def _read(self) -> bool:
+        """Bring the sums to the host, and a row for every run; tell whether to save."""
+        due = self.rank == 0 and time.monotonic() - self._saved >= self._checkpoint_seconds
+        shared = torch.cat([self._sums.flatten(), self._sums.new_tensor([float(due)])])
+        *values, wanted = sum_over_ranks(shared).tolist()
+        self._sums.zero_()
+        samples = self._samples_between(self._read_step, self.step)
+        self._read_step = self.step
+        for i, trainee in enumerate(self.trainees):
+            loss, right = values[2 * i : 2 * i + 2]
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"The loss of {trainee.name} is not finite.")
+            self._epoch_sums[i][0] += loss
+            self._epoch_sums[i][1] += right
+            self._losses[trainee.name] = loss / samples
+            threshold, c = trainee.threshold()
+            self.log.add(
+                "steps",
+                {
+                    "run": trainee.name,
+                    "step": self.step,
+                    "epoch": self.step / self.steps_per_epoch,
+                    "lr": trainee.base_lr * self._last_factor,
+                    "train_loss": loss / samples,
+                    "train_accuracy": self._share(right, samples),
+                    "sparsity": trainee.sparsity(),
+                    "threshold": threshold,
+                    "c": c,
+                },
+            )
+        return bool(wanted > 0)
+
+    def _samples_between(self, first: int, last: int) -> int:
+        """Samples of some steps of one epoch, over all processes."""
+        size, total = self.config.batch_size, len(self.data.train)
+        start = first % self.steps_per_epoch
+        return min((start + last - first) * size, total) - start * size
+
+    def _share(self, right: float, samples: int) -> float | None:
+        return right / samples if self._classifies else None
+
+    def _end_epoch(self) -> None:
+        """Evaluate every run, and write the tables."""
+        epoch, total = self.step // self.steps_per_epoch, len(self.data.train)
+        last = self.step == self.num_steps
+        look = last or epoch % self.config.eval_every == 0
+        seconds = self._elapsed()
+        for i, trainee in enumerate(self.trainees):
+            loss, right = self._epoch_sums[i]
+            row: dict[str, Any] = {
+                "run": trainee.name,
+                "epoch": epoch,
+                "step": self.step,
+                "lr": trainee.base_lr * self._last_factor,
+                "train_loss": loss / total,
+                "train_accuracy": self._share(right, total),
+            }
+            held_out = self.data.validation
+            if held_out is not None:
+                row |= self._evaluated(trainee, "validation", held_out if look else None)
+            # Where settings are chosen by the validation samples, the test waits for the end.
+            shown = last or (look and held_out is None)
+            row |= self._evaluated(trainee, "test", self.data.test if shown else None)
+            threshold, c = trainee.threshold()
+            row |= {"sparsity": trainee.sparsity(), "threshold": threshold, "c": c}
+            self.log.add("epochs", row)
+        self._epoch_sums = [[0.0, 0.0] for _ in self.trainees]
+        self.log.add(
+            "time",
+            {
+                "epoch": epoch,
+                "step": self.step,
+                "training_seconds": seconds,
+                "evaluation_seconds": self._elapsed() - seconds,
+                "samples_per_second": total * len(self.trainees) / max(seconds, 1e-9),
+            },
+        )
+        self._seconds, self._began = 0.0, time.monotonic()
+        self.log.write()
+
+    def _elapsed(self) -> float:
+        """Seconds of this epoch, those before a kill included."""
+        return self._seconds + time.monotonic() - self._began
+
+    def _evaluated(self, trainee: Trainee, part: str, samples: Samples | None) -> dict[str, Any]:
+        """Loss and accuracy on some samples, which the processes share out; None for not now."""
+        if samples is None:
+            return {f"{part}_loss": None, f"{part}_accuracy": None}
+        sums = torch.zeros(2, dtype=torch.float64, device=self.config.device)
+        with _evaluating(trainee.model), trainee.autocast():
+            mine = range(
+                self.rank * EVALUATION_BATCH, len(samples), EVALUATION_BATCH * self.world_size
+            )
+            for start in mine:
+                rows = slice(start, start + EVALUATION_BATCH)
+                x, y = samples.inputs[rows], samples.labels[rows]
+                if self.config.channels_last and x.ndim == 4:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                out = trainee.model(x)
+                sums[0].add_(trainee.criterion(out, y), alpha=len(y))
+                if self._classifies:
+                    sums[1].add_((out.argmax(1) == y).sum())
+        loss, right = sum_over_ranks(sums).tolist()
+        return {
+            f"{part}_loss": loss / len(samples),
+            f"{part}_accuracy": self._share(right, len(samples)),
+        }
+
+    def _snapshot(self) -> None:
+        """Write every run's weights as one vector each, for the trajectories."""
+        if self._run is None or not self._snapshots:
+            return
+        tensors = {}
+        for trainee in self.trainees:
+            vector = torch.cat([p.detach().flatten() for p in trainee.params.values()])
+            tensors[trainee.name] = vector
+            for name, buffer in trainee.model.named_buffers():
+                tensors[f"{trainee.name}/{name}"] = buffer
+        name = f"trajectory/step-{self.step:09}.safetensors"
+        with storage_errors(self._run.path / name, "It is written again after a restart."):
+            self._run.write_tensors(name, tensors, {"step": self.step})
+
+    def _save(self) -> None:
+        """Write a checkpoint, of good weights only."""
+        for trainee in self.trainees:
+            if not bool(trainee.is_finite()):
+                raise NonFiniteError(f"A weight of {trainee.name} is not finite.")
+        if self._checkpoints is not None and self.rank == 0:
+            self._checkpoints.save(self.step, self._state())
+        self._saved = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "threads": self.threads,
+            "epoch_sums": self._epoch_sums,
+            "losses": self._losses,
+            "seconds": self._elapsed(),
+            "tables": self.log.state(),
+            "notes": self.notes,
+            "runs": {trainee.name: trainee.state() for trainee in self.trainees},
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.step = self._read_step = state["step"]
+        self.threads = self.config.threads or state["threads"]
+        self._epoch_sums, self._losses = state["epoch_sums"], dict(state["losses"])
+        self._seconds = state["seconds"]
+        self.log.load(state["tables"])
+        self.notes = list(state["notes"])
+        for trainee in self.trainees:
+            trainee.load(state["runs"][trainee.name])
+        self._last_factor = math.nan
+        self._sums.zero_()
+
+    def _located(self, error: NonFiniteError) -> NonFiniteError:
+        """Go back to the last good state and forward again to see where it went wrong first."""
+        end, kept = self.step, "There is no checkpoint before it."
+        found = None if self._checkpoints is None else self._checkpoints.latest()
+        self.step, self._last_factor = 0, math.nan
+        if found is None:
+            self.trainees = self._start()
+        else:
+            self._load(found.state)
+            assert self._checkpoints is not None
+            kept = (
+                f"The last good checkpoint, of step {found.step}, is in {self._checkpoints.folder}."
+            )
+        cure = "Lower the learning rate of this run, or what prunes it, and use another folder."
+        while self.step <= min(end, self.num_steps - 1):
+            x, y = self.batches.batch(self.step)
+            if self.config.channels_last and x.ndim == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
+            for trainee in self.trainees:
+                trainee.set_rate(self._factor(self.step))
+                self._seed_noise()
+                what = _careful_step(trainee, x, y)
+                flag = torch.tensor([float(what is not None)], device=self.config.device)
+                if float(sum_over_ranks(flag)) > 0:
+                    return NonFiniteError(
+                        f"{what or 'A number of another process'} is not finite in step "
+                        f"{self.step + 1} of {trainee.name}, at learning rate "
+                        f"{trainee.base_lr * self._factor(self.step):g}. {cure} {kept}"
+                    )
+            self.step += 1
+        return NonFiniteError(
+            f"{error} It happened before step {end + 1}, and not again when those steps were "
+            f"repeated. {cure} {kept}"
+        )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextmanager
+    def _warnings_noted(self) -> Iterator[None]:
+        """Keep what our own packages warn of for the report; it is shown as always, too."""
+        shown = warnings.showwarning
+
+        def note(message: Any, category: type[Warning], *rest: Any) -> None:
+            if category.__module__.partition(".")[0] in ("pruning", "hessian", "flatvalley"):
+                self._note(str(message))
+            shown(message, category, *rest)
+
+        warnings.showwarning = note  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            warnings.showwarning = shown
+
+
+def _careful_step(trainee: Trainee, x: Tensor, y: Tensor) -> str | None:
+    """Make a step, looking at every tensor; name the first that is not finite."""
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        return "An input of the batch"
+    loss, _ = trainee.backward(x, y)
+    if not bool(torch.isfinite(loss)):
+        return "The loss"
+    bad = trainee.first_bad("gradient")
+    if bad is not None:
+        return f"The gradient of {bad}"
+    trainee.optimizer.step()
+    bad = trainee.first_bad("weight")
+    if bad is not None:
+        return f"The weight {bad}"
+    trainee.prune()
+    return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training mode afterwards."""
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train()
+
+
+def _criterion(config: TrainConfig) -> Criterion:
+    if config.criterion == "cross-entropy":
+        return nn.functional.cross_entropy
+    found = build(config.criterion, "criterion", seed=config.seed)
+    if not callable(found):
+        raise ValueError(
+            f"`criterion` {config.criterion} must return a function of outputs and targets, got a "
+            f"{type(found).__name__}."
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _snapshot_steps(config: TrainConfig, num_steps: int) -> frozenset[int]:
+    """Steps after which a snapshot is due; the start is kept beside them."""
+    if not config.snapshots:
+        return frozenset()
+    space = np.geomspace if config.snapshot_spacing == "log" else np.linspace
+    first = 1 if config.snapshot_spacing == "log" else num_steps / config.snapshots
+    found = space(first, num_steps, config.snapshots)
+    return frozenset(int(step) for step in np.rint(found) if step >= 1)
