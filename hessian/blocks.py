@@ -9,8 +9,10 @@ from torch import Tensor
 
 from hessian.determinism import require_fixed_modules
 from hessian.double_backward import differentiable_twice, require_second_derivative
+from hessian.finiteness import all_finite
 from hessian.objective import Objective
 from hessian.operators import Operator
+from hessian.precision import with_precision
 
 
 def block_operator(operator: Operator, rows: slice | Tensor) -> Operator:
@@ -126,6 +128,8 @@ def block_diagonal_operator(
     lengths = [s.stop - s.start for s in slices]
     leaves = [part.clone().requires_grad_() for part in torch.split(w, lengths)]
 
+    fixed = objective.fixed_state()
+
     def add(loss: Tensor, rows: Tensor, out: Tensor) -> None:
         """Add the products that belong to one term of the loss in place."""
         if not loss.requires_grad:
@@ -146,20 +150,21 @@ def block_diagonal_operator(
         with torch.enable_grad(), differentiable_twice():
             with objective.ranks.in_step(rows):
                 require_fixed_modules(objective.model)
+                fixed.require_same()
                 for batch in objective.batches():
                     add(objective.batch_total(torch.cat(leaves), batch), rows, out)
             objective.reduce_(out).div_(objective.normalizer)
             add(objective.regularization(torch.cat(leaves)), rows, out)
-        if not torch.isfinite(out).all():
+        if not all_finite(out):
             objective.loss(torch.cat(leaves).detach())  # raises, and names the batch or parameter
         return out
 
     return Operator(
-        lambda v: all_rows(v[None])[0],
+        with_precision(lambda v: all_rows(v[None])[0], objective, "full"),
         objective.size,
         objective.dtype,
         objective.device,
-        lambda V: all_rows(V.T.contiguous()).T,
+        with_precision(lambda V: all_rows(V.T.contiguous()).T, objective, "full"),
         f"{len(slices)} diagonal blocks, reverse over reverse",
     )
 

@@ -1,15 +1,19 @@
 """Refuses models whose loss would change between two evaluations, and names the module."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hessian.errors import NonDeterministicError
+from hessian.unsharded import is_sharded
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by the bytes they take, as which a tensor's bits are added up."""
 
 
 def require_fixed_modules(model: nn.Module) -> None:
@@ -50,6 +54,48 @@ def _drops(module: nn.Module) -> bool:
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return module.dropout > 0
     return isinstance(module, nn.RReLU)
+
+
+class FixedState:
+    """Tensors that must hold the same numbers in every product, also if written to by ``.data``.
+
+    Torch counts changes in place, but not those, and a kept graph that shares the memory would mix
+    two matrices. What is compared is the sum of the bits as integers, which is exact in any order,
+    at the price of reading the tensors once.
+
+    Args:
+        tensors: By name; those that are sharded over ranks are left out.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: t for name, t in tensors.items() if not is_sharded(t)}
+        self._first: list[int] | None = None
+
+    def require_same(self) -> None:
+        """Compare with the first call.
+
+        Raises:
+            NonDeterministicError: Naming the first tensor that has changed.
+        """
+        if not self._tensors:
+            return
+        sums = [_sum_of_bits(t) for t in self._tensors.values()]
+        device = sums[0].device
+        now = torch.stack([s.to(device) for s in sums]).tolist()  # one transfer for all
+        self._first = now if self._first is None else self._first
+        for name, old, new in zip(self._tensors, self._first, now, strict=True):
+            if old != new:
+                raise NonDeterministicError(
+                    f"`{name}`, which is not among the selected weights, has changed since the "
+                    "first product, so the products would belong to different matrices. Build a "
+                    "new operator."
+                )
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.view(WORDS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 @contextmanager

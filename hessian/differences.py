@@ -30,6 +30,7 @@ class CentralDifferences:
 
     def __init__(self, objective: Objective, w: Tensor) -> None:
         self._objective, self._w = objective, w.detach()
+        self._fixed = objective.fixed_state()
         self.error = 0.0
         """Largest relative error of a product so far, as estimated from two step widths."""
 
@@ -37,8 +38,11 @@ class CentralDifferences:
         """Return H v for v of shape [d]. Warns once if the differences do not settle.
 
         Raises:
+            NonDeterministicError: If the model changed since the first product.
             NonFiniteError: If a gradient is not finite.
         """
+        with self._objective.ranks.in_step():
+            self._fixed.require_same()
         out, error = difference_quotient(self._objective.gradient, self._w, v)
         if error > WORRYING >= self.error:
             warnings.warn(

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hessian.convolutions import Geometry, convolution, frozen_batch_norm
 from hessian.errors import SecondDerivativeError
+from hessian.torch_settings import eager, math_attention, without_fused_recurrence
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 ONCE = once_differentiable(lambda ctx: None).__code__
@@ -27,11 +27,12 @@ def differentiable_twice() -> Iterator[None]:
 
     Attention runs by plain matrix products and recurrent layers without cuDNN, because the fused
     kernels, which torch prefers, have no second derivative at all: pytorch/pytorch#116350, #5261.
+    Compiled modules and functions run as they were written, for the same reason.
     Convolutions and batch norm with running statistics run as in `hessian.convolutions`. Values
     change by rounding only, third derivatives are not there, and the global settings are put back.
     """
     require_autograd()
-    with sdpa_kernel(SDPBackend.MATH), _Substitution():
+    with eager(), math_attention(), _Substitution():
         yield
 
 
@@ -95,7 +96,7 @@ def differentiable_forward() -> Iterator[None]:
     error by elementary operations. The global settings are put back.
     """
     require_autograd()
-    with sdpa_kernel(SDPBackend.MATH), _ForwardSubstitution():
+    with eager(), math_attention(), _ForwardSubstitution():
         yield
 
 
@@ -107,7 +108,7 @@ class _ForwardSubstitution(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in RECURRENT:
-            with _without_mkldnn(), torch.backends.cudnn.flags(enabled=False):
+            with without_fused_recurrence(mkldnn=True):
                 return func(*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
@@ -116,17 +117,6 @@ class _ForwardSubstitution(TorchFunctionMode):
             if len(args) == 2 and given.keys() <= {"reduction"}:
                 return _squared_error(*args, **given)
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _without_mkldnn() -> Iterator[None]:
-    # Not `mkldnn.flags`, which sets TF32 as well and warns on machines without it.
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 def _squared_error(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -158,7 +148,7 @@ class _Substitution(TorchFunctionMode):
         if func in CONVOLUTIONS:
             bound = _bind_convolution(CONVOLUTIONS[func], *args, **kwargs)
             if bound is not None:
-                out = convolution(*bound)
+                out = _convolve(*bound)
                 self._last = out, _versions(out, bound), bound
                 return out
         elif func is functional.batch_norm:
@@ -168,7 +158,7 @@ class _Substitution(TorchFunctionMode):
         elif func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         elif func in RECURRENT and torch.backends.cudnn.enabled:
-            with torch.backends.cudnn.flags(enabled=False):
+            with without_fused_recurrence(mkldnn=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -184,19 +174,35 @@ class _Substitution(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor | None:
         """Return x normalised by running statistics, by its convolution where it just had one."""
-        if training or mean is None or var is None or not x.dtype == mean.dtype == var.dtype:
+        if training or mean is None or var is None or mean.dtype != var.dtype:
+            return None
+        if x.dtype not in (mean.dtype, _autocast_type(mean)):
             return None
         scale = torch.rsqrt(var + eps) * (1.0 if weight is None else weight)
         shift = -mean * scale if bias is None else bias - mean * scale
         if self._last is None or self._last[0] is not x:
-            return frozen_batch_norm(x, scale, shift)
+            return frozen_batch_norm(x, scale.to(x.dtype), shift.to(x.dtype))
         _, versions, bound = self._last
         if versions != _versions(x, bound):  # something was changed in place since
-            return frozen_batch_norm(x, scale, shift)
+            return frozen_batch_norm(x, scale.to(x.dtype), shift.to(x.dtype))
         inputs, W, offset, geometry = bound
         if offset is not None:
             shift = shift + offset * scale
-        return convolution(inputs, W * scale.view(-1, *[1] * (W.ndim - 1)), shift, geometry)
+        return _convolve(inputs, W * scale.view(-1, *[1] * (W.ndim - 1)), shift, geometry)
+
+
+def _convolve(x: Tensor, W: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return a convolution in the type that autocast asks for, where it is on."""
+    low = _autocast_type(W)
+    return convolution(x.to(low), W.to(low), None if bias is None else bias.to(low), geometry)
+
+
+def _autocast_type(weight: Tensor) -> torch.dtype:
+    """Return the type in which autocast runs a layer with this weight; its own if it is off."""
+    kind = weight.device.type
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

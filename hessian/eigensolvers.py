@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessian.checkpoint import Checkpoint, fingerprint
 from hessian.errors import ConvergenceWarning
+from hessian.exact_refinement import ExactRefinement
 from hessian.lanczos import Shards
 from hessian.memory import basis_size, free_memory
 from hessian.missed_eigenvalues import RISK
@@ -24,6 +25,7 @@ def leading_eigenspace(
     operator: Operator,
     *,
     k: int,
+    exact: Operator | None = None,
     tol: float = 1e-6,
     max_products: int = 1000,
     max_basis: int | None = None,
@@ -57,8 +59,14 @@ def leading_eigenspace(
     Args:
         operator: Symmetric matrix A, shape [n, n].
         k: Number of pairs, 1 ≤ k ≤ n.
+        exact: The matrix that ``operator`` stands for, where its products are cheaper and less
+            precise, such as those of ``hessian_operator(..., precision="bfloat16")``. The pairs
+            are found with ``operator``; then k products with ``exact`` give the best pairs in
+            their space, with residuals that are true of ``exact``, and every pair that misses
+            ``tol`` costs one more a round until it is met. See the guide for when it pays. The
+            gap and ``missed`` are what the search with ``operator`` says.
         tol: Stop once ‖A v − λ v‖₂ ≤ tol · max |λ| for all pairs.
-        max_products: Budget of products with A.
+        max_products: Budget of products, with A and with ``exact`` together.
         max_basis: Most basis vectors of length n that are held, at least k + 6 (or n). When they
             are used up the basis is compressed to Ritz vectors, which keeps the answer and costs
             products. Default: as many as 256 MiB hold up to 1000, and no fewer than
@@ -147,6 +155,10 @@ def leading_eigenspace(
                 "`start`, `checkpoint` and `shards` must be left out for PyHessian, which knows "
                 'nothing like them. Use `backend="lanczos"`.'
             )
+        if exact is not None:
+            raise ValueError(
+                "`exact` must be left out for PyHessian, which measures with the same products."
+            )
         if not measure:
             raise ValueError(
                 "`measure` must be True for PyHessian, which has no residuals of its own, got "
@@ -160,6 +172,8 @@ def leading_eigenspace(
             "`checkpoint` must be left out with `shards`: ranks that die at different products "
             "leave states that do not fit together."
         )
+    if exact is not None:
+        _require_alike(exact, operator, measure)
     direction = None if start is None else _direction(start, operator)
     local_size, free = (n, None) if shards is None else _smallest_rank(operator, shards)
     folder = None
@@ -187,26 +201,22 @@ def leading_eigenspace(
     )
     if folder is not None:
         folder.problem["max_basis"] = basis
-    task = Task(k, tol, max_products, basis, which, seed, multiple, measure)
+    reserve = 0 if exact is None else k
+    plain = exact is None and measure
+    task = Task(k, tol, max_products - reserve, basis, which, seed, multiple, plain)
     with report_progress(progress, f"{k} eigenpairs") as update:
         iteration = ThickRestart(operator, task, direction, shards, folder, update)
-        space = iteration.run()
-    reached = f"{float(space.residuals.max()):.2e} after {space.num_products} products"
+        space, state = iteration.run(), iteration.state
+        stalled = state.stalled
+        if exact is not None:
+            del iteration  # and its basis, whose memory the refinement takes
+            room = max(basis // 2, 2 * k)
+            refinement = ExactRefinement(exact, space, tol, max_products, room, shards, update)
+            space = refinement.run()
+            stalled = refinement.stalled
     if not space.converged:
-        knobs = [] if iteration.state.stalled else ["`max_products`"]
-        knobs += ["`max_basis`"] if knobs and basis < n else []
-        advice = "Raise " + ", ".join([*knobs, "`tol`"])
-        if operator.dtype != torch.float64:
-            advice += ", or work in float64"
-        if iteration.state.stalled:
-            advice = "Rounding lets it fall no further. " + advice
-        warnings.warn(
-            f"Lanczos reached a largest residual of {reached}, for eigenvalues up to "
-            f"{float(space.values.abs().max()):.2e} and tol={tol:.1e}. {advice}.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    elif multiple and iteration.state.tested_merit is None:
+        _warn_of_residuals(space, tol, operator, stalled=stalled, room=basis < n)
+    elif multiple and state.tested_merit is None:
         chance = "unknown" if math.isnan(space.missed) else f"up to {space.missed:.1e}"
         warnings.warn(
             f"The {k} pairs have converged, but the {max_products} products ended before the "
@@ -216,6 +226,39 @@ def leading_eigenspace(
             stacklevel=2,
         )
     return space
+
+
+def _warn_of_residuals(
+    space: Eigenspace, tol: float, operator: Operator, *, stalled: bool, room: bool
+) -> None:
+    """Say how far the pairs came, and what would bring them further."""
+    knobs = [] if stalled else ["`max_products`"]
+    knobs += ["`max_basis`"] if knobs and room and not space.num_exact else []
+    advice = "Raise " + ", ".join([*knobs, "`tol`"])
+    if operator.dtype != torch.float64:
+        advice += ", or work in float64"
+    if space.num_exact and not stalled:
+        advice += ", or pass the exact operator alone, if the other one is too far from it"
+    if stalled:
+        advice = "Rounding lets it fall no further. " + advice
+    exactly = f", {space.num_exact} of them exact" if space.num_exact else ""
+    warnings.warn(
+        f"Lanczos reached a largest residual of {float(space.residuals.max()):.2e} after "
+        f"{space.num_products} products{exactly}, for eigenvalues up to "
+        f"{float(space.values.abs().max()):.2e} and tol={tol:.1e}. {advice}.",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
+
+
+def _require_alike(exact: Operator, operator: Operator, measure: bool) -> None:
+    ours, theirs = (f"{A.size} x {A.size}, {A.dtype} on {A.device}" for A in (operator, exact))
+    if ours != theirs:
+        raise ValueError(
+            f"`exact` must have the size, type and device of `operator`, {ours}, got {theirs}."
+        )
+    if not measure:
+        raise ValueError("`measure` must be True with `exact`, which is there to measure.")
 
 
 def _smallest_rank(operator: Operator, shards: Shards) -> tuple[int, int]:

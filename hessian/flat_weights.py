@@ -26,6 +26,9 @@ class FlatWeights:
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
         self._lengths = [p.numel() for p in self._parameters.values()]
         self.size = sum(self._lengths)
+        self._others = {
+            name: p for name, p in self.model.named_parameters() if name not in self._parameters
+        }
 
     def weights(self) -> Float[Tensor, " d"]:
         """Return a copy of the model's current weights as one flat vector."""
@@ -77,8 +80,14 @@ class FlatWeights:
                 f"selected weights, got shape {list(v.shape)}."
             )
 
-    def _unselected(self) -> dict[str, nn.Parameter]:
-        """Return the model's other parameters by name."""
-        return {
-            name: p for name, p in self.model.named_parameters() if name not in self._parameters
-        }
+    def _all_weights(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return some weights beside the model's own for all others, as constants.
+
+        A weight that is not selected and asks for a gradient would keep activations for it.
+        """
+        others = {name: p.detach() for name, p in self._others.items() if p.requires_grad}
+        return others | selected
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Return what the loss depends on beside the weights: other parameters, and buffers."""
+        return {**self._others, **dict(self.model.named_buffers())}

@@ -28,6 +28,7 @@ class ForwardOverReverse:
 
     def __init__(self, objective: Objective, w: Tensor) -> None:
         self._objective, self._w = objective, w.detach()
+        self._fixed = objective.fixed_state()
 
     def product(self, v: Tensor) -> Tensor:
         """Return H v for v of shape [d].
@@ -38,6 +39,7 @@ class ForwardOverReverse:
         objective = self._objective
         with objective.ranks.in_step(v):
             require_fixed_modules(objective.model)
+            self._fixed.require_same()
             out = torch.zeros_like(v)
             for batch in objective.batches():
                 out += self.batch_product(v, batch)

@@ -12,12 +12,14 @@ from hessian.jacobian_products import JacobianProducts, Middle
 from hessian.likelihoods import factor, likelihood_of, target_of
 from hessian.objective import Objective
 from hessian.operators import Operator
+from hessian.precision import Precision, in_precision
 
 
 def gauss_newton_operator(
     objective: Objective,
     w: Float[Tensor, " d"] | None = None,
     *,
+    precision: Precision = "full",
     memory_budget: int | None = None,
 ) -> Operator:
     """Return the generalised Gauss-Newton matrix G = Σ Jᵀ (∇²_z ℓ) J / N of the loss at w.
@@ -34,6 +36,7 @@ def gauss_newton_operator(
     Args:
         objective: The training loss. The model must return one tensor.
         w: Where the matrix is taken, shape [d]. Default: the model's current weights.
+        precision: As for ``hessian_operator``.
         memory_budget: Bytes for the graphs that are kept; 0 keeps none. Default: a quarter of what
             is free at the first product.
 
@@ -43,7 +46,8 @@ def gauss_newton_operator(
         the first one, and ``NonFiniteError`` if they are not finite.
 
     Raises:
-        ValueError: If w does not fit the objective, or the budget is negative.
+        ValueError: If w does not fit the objective, the budget is negative, or the precision is
+            not to be had for these weights.
 
     Example:
         >>> import torch
@@ -59,6 +63,7 @@ def gauss_newton_operator(
     """
     w = objective.weights() if w is None else w.detach().clone()
     objective.require_vector(w, "w")
+    objective = in_precision(objective, precision)
     likelihood = likelihood_of(objective)
 
     def part(i: int, batch: Batch, leaf: Tensor) -> tuple[Tensor, Middle]:
@@ -77,7 +82,7 @@ def gauss_newton_operator(
         return z, lambda u: scale * likelihood.bend(fixed, y, u)
 
     products = JacobianProducts(objective, w, part, memory_budget, regularized=True)
-    return products.operator("Gauss-Newton by reverse mode")
+    return products.operator("Gauss-Newton by reverse mode", precision)
 
 
 def _loss_hessian(objective: Objective, z: Tensor, batch: Batch) -> Middle:

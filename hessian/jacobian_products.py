@@ -11,6 +11,7 @@ from hessian.double_backward import require_second_derivative
 from hessian.kept_graphs import KeptGraphs
 from hessian.objective import Objective
 from hessian.operators import Operator
+from hessian.precision import IN_WORDS, Precision, with_precision
 
 Middle = Callable[[Tensor], Tensor]
 Part = Callable[[int, Batch, Tensor], tuple[Tensor, Middle]]
@@ -57,10 +58,12 @@ class JacobianProducts(KeptGraphs[Linearized]):
         super().__init__(objective, w, memory_budget, regularized=regularized)
         self._part = part
 
-    def operator(self, method: str) -> Operator:
+    def operator(self, method: str, precision: Precision = "full") -> Operator:
         """Return the matrix as an operator."""
         o = self._objective
-        return Operator(self.product, o.size, o.dtype, o.device, self.columns, method)
+        product, columns = (with_precision(f, o, precision) for f in (self.product, self.columns))
+        words = method + IN_WORDS[precision]
+        return Operator(product, o.size, o.dtype, o.device, columns, words)
 
     def _build(self, place: int, batch: Batch) -> tuple[float, Linearized | None]:
         z, middle = self._part(place, batch, self._w)

@@ -51,6 +51,7 @@ class KeptGraphs(ABC, Generic[Graph]):
         self._objective, self._budget = objective, memory_budget
         self._w = w.detach().requires_grad_()
         self._regularized = regularized
+        self._fixed = objective.fixed_state()
         self._graphs: list[Graph | None] | None = None
         self._penalty: Tensor | None = None
         self._first_mark: float | None = None
@@ -94,6 +95,7 @@ class KeptGraphs(ABC, Generic[Graph]):
         with torch.enable_grad(), differentiable_twice():
             with objective.ranks.in_step(rows):
                 require_fixed_modules(objective.model)
+                self._fixed.require_same()
                 if self._graphs is None:
                     self._graphs = self._keep()
                     self._penalty = self._regularizer_gradient() if self._regularized else None

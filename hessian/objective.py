@@ -13,7 +13,7 @@ from torch.func import functional_call
 from hessian.batches import Batch, as_batches, one_pass, require_repeatable, to_device
 from hessian.construction_checks import require_scalar, survey
 from hessian.criteria import BatchCriterion, Count, Criterion
-from hessian.determinism import require_fixed_modules
+from hessian.determinism import FixedState, require_fixed_modules
 from hessian.distributed import Ranks
 from hessian.double_backward import (
     differentiable_twice,
@@ -196,6 +196,10 @@ class Objective(FlatWeights):
         found: Tensor = self._regularizer(self.unflatten(w))
         return found
 
+    def fixed_state(self) -> FixedState:
+        """Return a watch on what the loss depends on beside w: other weights, and buffers."""
+        return FixedState(self._constants())
+
     def reduce_(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place, and return it; they call it together."""
         return self.ranks.sum_(tensor)
@@ -306,6 +310,7 @@ class Objective(FlatWeights):
         return LossStatistics(len(losses), float(losses.sum()), float(losses.square().sum()))
 
     def _output_at(self, weights: dict[str, Tensor], batch: Batch) -> Any:
+        weights = self._all_weights(weights)
         if isinstance(batch, Mapping):
             return functional_call(self.model, weights, kwargs=dict(batch))
         return functional_call(self.model, weights, tuple(batch[:-1]))

@@ -16,6 +16,7 @@ from hessian.errors import SecondDerivativeError
 from hessian.forward_mode import ForwardOverReverse
 from hessian.objective import Objective
 from hessian.operators import Operator
+from hessian.precision import IN_WORDS, Precision, in_precision, with_precision
 from hessian.reverse_mode import ReverseOverReverse
 
 Method = Literal["auto", "reverse", "forward", "differences"]
@@ -33,6 +34,7 @@ def hessian_operator(
     w: Float[Tensor, " d"] | None = None,
     *,
     method: Method = "auto",
+    precision: Precision = "full",
     memory_budget: int | None = None,
 ) -> Operator:
     """Return the Hessian of the training loss at w.
@@ -53,6 +55,11 @@ def hessian_operator(
         w: Where the Hessian is taken, shape [d]. Default: the model's current weights. A copy is
             kept, so later training does not move the operator.
         method: How a product is computed.
+        precision: ``"full"``: in all bits of the weights' type, whatever torch's global settings
+            say of TF32 and autocast. ``"tf32"`` (on a GPU) and ``"bfloat16"`` make matrix products
+            and convolutions of float32 weights cheaper, and products with H wrong by some 1e-3 of
+            its size; vectors and results stay float32. ``leading_eigenspace(fast, exact=...)``
+            finds the pairs with such an operator and certifies them with another one.
         memory_budget: Bytes for the graphs that ``"reverse"`` keeps; 0 keeps none. Default: a
             quarter of what is free at the first product.
 
@@ -63,7 +70,8 @@ def hessian_operator(
 
     Raises:
         ValueError: If w does not fit the objective, the budget is negative, the method is not
-            known, or none is exact and the network has kinks.
+            known, or none is exact and the network has kinks; if the precision is not to be had
+            for these weights or by this method.
         SecondDerivativeError: If ``"reverse"`` is asked for and a layer hides its second
             derivative from autograd.
 
@@ -84,27 +92,38 @@ def hessian_operator(
     objective.require_vector(w, "w")
     if method not in get_args(Method):
         raise ValueError(f"`method` must be one of {get_args(Method)}, got {method!r}.")
+    fast = in_precision(objective, precision)
     if method in ("auto", "reverse"):
         with objective.ranks.in_step(w):
             chosen = _choose(objective, w, forced=method == "reverse")
         # Ranks with other batches, or with none, may have chosen another one: the last rules.
         method = ORDER[int(objective.ranks.gather([float(ORDER.index(chosen))]).max())]
+    if method == "differences" and precision != "full":
+        raise ValueError(
+            '`precision` must be "full" for central differences, which lose half of the digits, '
+            f'got "{precision}".'
+        )
+    if method == "forward" and precision == "bfloat16":
+        # Autocast casts a number and not its tangent: layers then see two types at once.
+        raise ValueError(
+            '`precision` must be "full" or "tf32" for forward over reverse, got "bfloat16".'
+        )
     products: ReverseOverReverse | ForwardOverReverse | CentralDifferences
     columns = None
     if method == "reverse":
-        products = ReverseOverReverse(objective, w, memory_budget)
-        columns = products.columns
+        products = ReverseOverReverse(fast, w, memory_budget)
+        columns = with_precision(products.columns, objective, precision)
     elif method == "forward":
         products = ForwardOverReverse(objective, w)
     else:
         products = CentralDifferences(objective, w)
     return Operator(
-        products.product,
+        with_precision(products.product, objective, precision),
         objective.size,
         objective.dtype,
         objective.device,
         columns,
-        WORDS[method],
+        WORDS[method] + IN_WORDS[precision],
     )
 
 

@@ -43,6 +43,8 @@ class Eigenspace:
     tested in a basis too small for a bound."""
     measured: bool = True
     """Whether the residuals come from products of their own, which check the operator, too."""
+    num_exact: int = 0
+    """How many of the products were made with an ``exact`` operator beside a fast one."""
 
     def project_sharp(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return V Vᵀ x, the part of x in the eigenspace. Costs 4 n k flops."""
