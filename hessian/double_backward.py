@@ -13,11 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from hessian.convolutions import Geometry, convolution, frozen_batch_norm
 from hessian.errors import SecondDerivativeError
+from hessian.rectifiers import relu
 from hessian.torch_settings import eager, math_attention, without_fused_recurrence
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 ONCE = once_differentiable(lambda ctx: None).__code__
 """Code of the wrapper that ``once_differentiable`` puts around every backward pass."""
+RECTIFIERS = {torch.relu, Tensor.relu, functional.relu}
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -28,8 +30,9 @@ def differentiable_twice() -> Iterator[None]:
     Attention runs by plain matrix products and recurrent layers without cuDNN, because the fused
     kernels, which torch prefers, have no second derivative at all: pytorch/pytorch#116350, #5261.
     Compiled modules and functions run as they were written, for the same reason.
-    Convolutions and batch norm with running statistics run as in `hessian.convolutions`. Values
-    change by rounding only, third derivatives are not there, and the global settings are put back.
+    Convolutions and batch norm with running statistics run as in `hessian.convolutions`, ReLU as in
+    `hessian.rectifiers`. Values change by rounding only, third derivatives are not there, and the
+    global settings are put back.
     """
     require_autograd()
     with eager(), math_attention(), _Substitution():
@@ -151,6 +154,8 @@ class _Substitution(TorchFunctionMode):
                 out = _convolve(*bound)
                 self._last = out, _versions(out, bound), bound
                 return out
+        elif func in RECTIFIERS and len(args) == 1 and not kwargs.get("inplace"):
+            return relu(args[0])
         elif func is functional.batch_norm:
             normalised = self._batch_norm(*args, **kwargs)
             if normalised is not None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hessian.batches import Batch
-from hessian.double_backward import require_second_derivative
 from hessian.kept_graphs import KeptGraphs
 from hessian.objective import Objective
 from hessian.operators import Operator
@@ -74,7 +73,7 @@ class JacobianProducts(KeptGraphs[Linearized]):
         (pulled,) = torch.autograd.grad(z, self._w, u, create_graph=True, materialize_grads=True)
         if pulled.grad_fn is None:  # z depends on other weights only
             return mark, None
-        require_second_derivative(pulled)
+        self._require_second_derivative(pulled)
         return mark, Linearized(z, u, pulled, middle)
 
     def _add_through(self, graph: Linearized, v: Tensor, out: Tensor, *, retain: bool) -> None:

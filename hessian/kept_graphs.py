@@ -71,6 +71,11 @@ class KeptGraphs(ABC, Generic[Graph]):
     def _add_through(self, graph: Graph, v: Tensor, out: Tensor, *, retain: bool) -> None:
         """Add one batch's part of the product with v to ``out``, in place."""
 
+    def _require_second_derivative(self, *tensors: Tensor) -> None:
+        """Refuse graphs without one, in the first pass; later ones make the same graphs."""
+        if self._first_mark is None:
+            require_second_derivative(*tensors)
+
     @property
     def num_kept(self) -> int:
         """Number of batches whose graphs are kept; 0 before the first product."""
@@ -92,13 +97,14 @@ class KeptGraphs(ABC, Generic[Graph]):
     def _rows(self, rows: Tensor) -> Tensor:
         """Return the product with every row, as rows."""
         objective = self._objective
-        with torch.enable_grad(), differentiable_twice():
+        with torch.enable_grad():
             with objective.ranks.in_step(rows):
                 require_fixed_modules(objective.model)
                 self._fixed.require_same()
                 if self._graphs is None:
-                    self._graphs = self._keep()
-                    self._penalty = self._regularizer_gradient() if self._regularized else None
+                    with differentiable_twice():
+                        self._graphs = self._keep()
+                        self._penalty = self._regularizer_gradient() if self._regularized else None
                 out = torch.zeros_like(rows)
                 for graph in self._graphs:
                     self._add(graph, rows, out, keep=True)
@@ -175,7 +181,9 @@ class KeptGraphs(ABC, Generic[Graph]):
         total = 0.0
         for place, batch in enumerate(self._objective.batches()):
             if place >= self.num_kept:
-                mark, graph = self._build(place, batch)
+                # Only here: on the way back no function of the model's is called.
+                with differentiable_twice():
+                    mark, graph = self._build(place, batch)
                 self._add(graph, rows, out, keep=False)
                 total += mark
         slack = 1e-10 if rows.dtype == torch.float64 else 1e-4

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from hessian.batches import Batch
-from hessian.double_backward import require_second_derivative
 from hessian.kept_graphs import KeptGraphs
 from hessian.objective import Objective
 
@@ -37,7 +36,7 @@ class ReverseOverReverse(KeptGraphs[Gradient]):
     def _build(self, place: int, batch: Batch) -> tuple[float, Gradient | None]:
         total = self._objective.batch_total_at(self._weights, batch)
         loss = float(total.detach())
-        require_second_derivative(total)
+        self._require_second_derivative(total)
         parts = torch.autograd.grad(
             total, list(self._leaves.values()), create_graph=True, materialize_grads=True
         )
@@ -48,7 +47,7 @@ class ReverseOverReverse(KeptGraphs[Gradient]):
         }
         if not gradient:
             return loss, None
-        require_second_derivative(*gradient.values())
+        self._require_second_derivative(*gradient.values())
         return loss, gradient
 
     def _add_through(self, graph: Gradient, v: Tensor, out: Tensor, *, retain: bool) -> None:
