@@ -99,7 +99,8 @@ def trial(task: Record) -> Record:
             product = LIBRARIES[task["library"]].build(problem, size, task["budget"])
             call = _bound(product, v)
         call()
-        found[size] = min(_seconds(call) for _ in range(3))
+        # The fewer seconds a call takes, the more one interruption spoils.
+        found[size] = min(_seconds(call) for _ in range(task["repeats"]))
         del call
     return {"seconds": found, "best": min(found, key=lambda size: found[size])}
 
@@ -161,6 +162,8 @@ def direct(task: Record) -> Record:
     """Seconds and products of a solver on its own products, in full."""
     problem = load(Path(task["path"]), task["samples"])
     library, solver = LIBRARIES[task["library"]], SOLVERS[task["solver"]][0]
+    # Torch imports half a second of modules when it first goes through a gradient's graph.
+    plain_columns(problem.first(2), _direction(problem.size)[:, None], 2)
     began = time.process_time()
     with counted(library.build(problem, task["batch"], task["budget"])) as (product, spent):
         vectors = solver(product, problem, task["seed"], **task["setting"])
@@ -233,7 +236,14 @@ def measure(plan: Plan, name: str) -> Record:
         trial_samples = samples if name == "mlp" else min(samples, TRIAL_SAMPLES)
         found = plan.cell(
             f"{name}-batch-{library}",
-            {**task, "do": "trial", "library": library, "sizes": sizes, "samples": trial_samples},
+            {
+                **task,
+                "do": "trial",
+                "library": library,
+                "sizes": sizes,
+                "samples": trial_samples,
+                "repeats": 12 if name == "mlp" else 3,
+            },
         )
         batches[library] = int(found["best"])
 
