@@ -1,33 +1,26 @@
 """The gRDA optimizer: SGD on a dual vector, whose soft-thresholded copy the network uses."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from pruning.sparsity_target import (
-    TOLERANCE,
-    Reading,
-    SparsityWarning,
-    constant_for,
-    growth,
-    interval,
-    landing,
-    num_zeros,
-)
+from hessian.errors import NonFiniteError
+from pruning.grda_checks import check_options, check_parameters, check_state, check_target
+from pruning.grda_fused import compiled_kernels, step_fused
+from pruning.grda_numbers import Group, grow, grow_on_device, place
+from pruning.grda_steering import Steering
+from pruning.grda_step import local, local_gradient, step_on_device, step_one_by_one, step_together
+from pruning.sparsity_target import TOLERANCE, SparsityWarning, interval, num_zeros
+
+_FORM = ("foreach", "fused", "capturable")
 
 
 class TheoremWarning(UserWarning):
     """Settings under which gRDA runs, but outside the theorem that links it to DP."""
-
-
-_Measured = tuple[Reading, list[tuple[dict[str, Any], float, float]]]
-"""A c under way, and the groups with threshold and reach at the time it was asked for."""
 
 
 class GRDA(Optimizer):
@@ -42,34 +35,61 @@ class GRDA(Optimizer):
     never compounded into it, so a weight that became zero can return. c = 0 is SGD, bit for bit.
     Momentum and weight decay are outside the theory and not offered.
 
-    Every option may differ by parameter group, and ``lr`` may change at any step, by a
-    scheduler or by hand. ``group["threshold"]`` and ``group["step"]`` tell g and n of a group at
-    no cost; they and the duals are in ``state_dict()``, from which training resumes exactly. A
-    parameter without a gradient is left alone in that step. Save and load the model's weights
-    together with the optimizer's state: the dual belongs to them.
+    **Groups.** Every option but the target may differ by parameter group; a group with ``c=0.0``
+    is plain SGD. ``lr`` may change at any step, by a scheduler or by hand. ``group["threshold"]``
+    and ``group["step"]`` tell g and n of a group at no cost; :meth:`sparsity` counts zeros. A
+    parameter without a gradient is left alone in that step.
 
-    Costs one parameter copy of memory. A step moves 5/3 of SGD's memory tensor by tensor, and up
-    to 14/3 in one call for all.
+    **A wanted sparsity.** With ``target_sparsity`` the constant c of every step follows from a
+    measurement. 500 times in a horizon, the c with which the target would be met at three quarters
+    of the horizon is read off the duals (a quantile, see ``constant_for``), and the threshold goes
+    on growing by the law above with it, so that it arrives whatever the learning rate does. In
+    the last quarter it follows the duals as far as it must grow, and the network trains at the
+    wanted sparsity. The host never waits: each measurement is used one interval later. The theory
+    of a threshold that does not follow the power law is ``schedule_response``. A run that was not
+    given a target keeps the theorem's form. At the horizon, a sparsity more than 0.01 off warns.
+
+    **Precision and ranks.** ``GradScaler``, gradient accumulation and clipping work as with SGD; a
+    step that the scaler skips does not grow the threshold. Under DDP every rank makes the same
+    step. Parameters sharded by FSDP2 or another DTensor have duals sharded alike, and sparsity
+    counts all of them.
+
+    **Bad numbers.** A NaN in a gradient stays in the dual for good, so it need not be looked for at
+    every step, at which the host would wait: call :meth:`check_finite` when you log.
+
+    **Resume.** ``state_dict()`` holds all that an exact resume needs. Save the model's weights with
+    it: the duals belong to them.
+
+    Costs one parameter copy of memory. A step must read v and the gradient and write v and w, 4/3
+    of SGD's memory traffic: ``fused`` is near that; the others take 5/3 to 6/3.
 
     Args:
-        params: Parameters, or groups of them as dictionaries.
+        params: Parameters, pairs of name and parameter, or groups of them as dictionaries.
         lr: Learning rate γ ≥ 0; one that works for SGD without momentum.
-        c: Sparsity constant c ≥ 0, in units of weights; 0.0005 to 0.005 is usual. Not together
-            with ``target_sparsity``.
+        c: Sparsity constant c ≥ 0, in units of weights; 0.0005 to 0.005 is usual. Left out with a
+            target.
         mu: Exponent μ > 0 of the threshold's growth. The theorem needs 1/2 < μ < 1.
-        target_sparsity: Share of zeros wanted among the weights of all groups but those with c = 0,
-            in (0, 1). The c of every step is then set so that it is reached.
-        horizon: Number of steps of the training with a target; from three quarters of it on the
-            sparsity is held.
-        foreach: Whether all tensors are stepped in one call. Default: on CUDA, where launches are
-            what costs; on the CPU one tensor at a time is faster, as it stays in the cache.
+        target_sparsity: Share of zeros wanted, in (0, 1), among the weights of all groups without
+            ``c=0.0``.
+        horizon: Number of steps that training with the target will make.
+        foreach: Whether all tensors are stepped in one call, the default, or each by itself.
+        fused: Whether a kernel makes the step in one pass over memory, for float32 and float64 on
+            the CPU; other tensors are stepped as without it. It is compiled for this machine when
+            the optimizer is built, by a C compiler, in about a second.
+        capturable: Whether lr, step and threshold are 0-d tensors on the parameters' device, so
+            that the step can be captured in a CUDA graph, and a ``GradScaler`` does not make the
+            host wait. With a target, call :meth:`steer` between replays.
 
     Raises:
-        ValueError: If lr or c is negative, mu is not positive, or one is not finite.
+        ValueError: If lr or c is negative, mu is not positive, or one is not finite; if not exactly
+            one of c and the target is given; if the target is outside (0, 1), lacks a horizon, or
+            comes with another c than 0 in a group; if two forms of the step exclude each other.
         TypeError: If a parameter is not real floating-point.
+        RuntimeError: If ``fused`` finds no C compiler.
 
     Warns:
         TheoremWarning: If mu is outside (1/2, 1) and c is not 0.
+        SparsityWarning: At the horizon, if the target was missed.
 
     Example:
         >>> import torch
@@ -86,26 +106,30 @@ class GRDA(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor,
         *,
         c: float | None = None,
         mu: float = 0.6,
         target_sparsity: float | None = None,
         horizon: int | None = None,
         foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
-        if (c is None) == (target_sparsity is None):
-            raise ValueError(
-                "GRDA needs either `c` or `target_sparsity` with `horizon`, got "
-                f"{'neither' if c is None else 'both'}. Give c, or let the target set it."
-            )
-        _check_target(target_sparsity, horizon)
-        self._reading: _Measured | None = None
-        options = {"lr": lr, "c": c, "mu": mu, "foreach": foreach}
-        super().__init__(
-            params, {**options, "target_sparsity": target_sparsity, "horizon": horizon}
-        )
+        check_target(c, target_sparsity, horizon)
+        self._steering = Steering()
+        defaults = {
+            "lr": lr,
+            "c": c,
+            "mu": mu,
+            "target_sparsity": target_sparsity,
+            "horizon": horizon,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, whose threshold starts at 0 now.
@@ -113,33 +137,31 @@ class GRDA(Optimizer):
         Raises:
             ValueError: As for the options of the optimizer.
             TypeError: If a parameter is not real floating-point.
+            RuntimeError: If ``fused`` finds no C compiler.
         """
         # A copy, so that the same dictionaries can begin another run: n and g are kept in here.
-        param_group = {**param_group}
-        target = self.defaults["target_sparsity"]
-        if {"target_sparsity", "horizon"} & param_group.keys():
+        group = {**param_group}
+        own = [group.pop(name, None) for name in ("target_sparsity", "horizon")]
+        if own != [None, None]:
             raise ValueError(
                 "`target_sparsity` and `horizon` hold for all groups together. Give them to GRDA, "
                 "and `c=0.0` to a group that is to stay dense."
             )
-        if target is not None and param_group.get("c", 0.0) != 0.0:
-            raise ValueError(
-                "With `target_sparsity` a group may only set `c=0.0`, to stay dense, got "
-                f"{param_group['c']}. The target sets c of all other groups."
-            )
-        if target is not None and "c" not in param_group:
-            param_group.update(c=0.0, aim=0.0, next_aim=0.0)
+        follows = self.defaults["target_sparsity"] is not None and "c" not in group
+        for option in ("lr", "c", "mu", *_FORM):
+            group.setdefault(option, self.defaults[option])
+        if follows:
+            group.update(c=0.0, aim=0.0, next_aim=0.0, calls=0)
         else:
-            param_group.update(target_sparsity=None, horizon=None)
-        for option in ("lr", "c", "mu", "foreach"):
-            param_group.setdefault(option, self.defaults[option])
-        lr, c, mu = (float(param_group[option]) for option in ("lr", "c", "mu"))
-        for name, value in (("lr", lr), ("c", c)):
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be finite and not negative, got {value}.")
-        if not 0.0 < mu < float("inf"):
-            raise ValueError(f"`mu` must be finite and positive, got {mu}.")
-        if (c > 0 or "aim" in param_group) and not 0.5 < mu < 1.0:
+            if self.defaults["target_sparsity"] is not None and group["c"] != 0.0:
+                raise ValueError(
+                    "With `target_sparsity` a group may only set `c=0.0`, to stay dense, got "
+                    f"{group['c']}. The target sets c of all other groups."
+                )
+            group.update(target_sparsity=None, horizon=None)
+        check_options(group)
+        mu = group["mu"]
+        if (follows or group["c"] > 0.0) and not 0.5 < mu < 1.0:
             warnings.warn(
                 f"`mu` = {mu} is outside (1/2, 1), where gRDA is known to perform directional "
                 "pruning: below, noise outgrows the threshold in flat directions; above, sharp "
@@ -147,13 +169,18 @@ class GRDA(Optimizer):
                 TheoremWarning,
                 stacklevel=4,  # past the constructors of GRDA and of Optimizer
             )
-        param_group.setdefault("step", 0)
-        param_group.setdefault("threshold", 0.0)
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
-                self.param_groups.pop()
-                raise TypeError(f"GRDA steps real floating-point parameters, got {p.dtype}.")
+        if group["fused"]:
+            compiled_kernels()
+        group.setdefault("step", 0)
+        group.setdefault("threshold", 0.0)
+        super().add_param_group(group)
+        try:
+            check_parameters(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        place(self.param_groups[-1])
+        self._offer_scaling()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -178,182 +205,164 @@ class GRDA(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(p.grad is not None and p.grad.is_sparse for p in self._all_params()):
+        stepped = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        if any(p.grad.is_sparse for params in stepped for p in params):
             raise RuntimeError(
                 "GRDA needs dense gradients, got a sparse one. Build the embedding with "
                 "`sparse=False`."
             )
-        self._steer()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if "dual" not in self.state[p]:
-                    self.state[p]["dual"] = p.detach().clone()
-            self._grow_threshold(group)
-            duals = [self.state[p]["dual"] for p in params]
-            grads = [p.grad for p in params]
-            lr, threshold = float(group["lr"]), group["threshold"]
-            if group["foreach"] is None:
-                foreach = all(p.is_cuda and type(p) in (Parameter, Tensor) for p in params)
-            else:
-                foreach = group["foreach"]
-            step = _step_together if foreach else _step_one_by_one
-            step(params, duals, grads, lr, threshold)
-        self._judge()
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not capturing:
+            self._steer_in_time()
+        for group, params in zip(self.param_groups, stepped, strict=True):
+            if params:
+                self._step_group(group, params)
+        if not capturing:
+            self._judge()
         return loss
 
     def sparsity(self) -> float:
         """Return the share of zeros now, over the groups that prune; 0 if none does.
 
-        One pass over the weights, and the host waits for it.
+        One pass over these weights, on all ranks that share them, and the host waits for it.
         """
-        pruned = [
-            p
-            for group in self.param_groups
-            if group["c"] > 0 or group["target_sparsity"] is not None
-            for p in group["params"]
-        ]
+        groups = [g for g in self.param_groups if g["target_sparsity"] is not None or g["c"] > 0]
+        pruned = [p for g in groups for p in g["params"]]
         zeros = sum(int(num_zeros(p)) for p in pruned)
         return zeros / max(1.0, float(sum(p.numel() for p in pruned)))
 
+    def check_finite(self) -> None:
+        """Look for NaN and infinity in the gradients at hand and in the duals.
+
+        A dual never recovers from them, so that a call now and then finds what happened since the
+        last one. One pass over gradients and duals, and the host waits for it.
+
+        Raises:
+            NonFiniteError: Naming the step and the first tensor.
+        """
+        names, tensors, steps = [], [], []
+        for i, group in enumerate(self.param_groups):
+            labels = group.get("param_names") or [
+                f"parameter {j} of group {i}" for j in range(len(group["params"]))
+            ]
+            for label, p in zip(labels, group["params"], strict=True):
+                dual = self.state[p].get("dual") if p in self.state else None
+                for what, t in (("gradient", p.grad), ("dual", dual)):
+                    if t is not None:
+                        names.append(f"the {what} of {label}, shape {tuple(p.shape)},")
+                        tensors.append(local(t))
+                        steps.append(group["step"])
+        # A difference with itself is zero where a number is finite, NaN elsewhere.
+        wrong = [t.isfinite().all().logical_not_().to(tensors[0].device) for t in tensors]
+        if wrong and (where := torch.stack(wrong).nonzero()).numel():
+            first = int(where[0])
+            raise NonFiniteError(
+                f"After {int(steps[first])} steps {names[first]} is not finite. Go back to a state "
+                "before that, and lower `lr`, clip the gradients, or look at that batch."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that an exact resume needs; the host waits for the last measurement."""
-        self._settle()
+        self._steering.settle()
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where another GRDA stopped; the form of the step stays this one's.
+
+        Raises:
+            ValueError: If it is not the state of a GRDA with such parameters.
+        """
+        check_state(state_dict, self.param_groups)
+        forms = [{form: group[form] for form in _FORM} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, form in zip(self.param_groups, forms, strict=True):
+            group.update(form)
+            place(group)
+        self._offer_scaling()
+
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        return super().__getstate__()
+        self._steering.settle()
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._reading = None
+        self._steering = Steering()
+        self._offer_scaling()
 
-    def _all_params(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
+    def _offer_scaling(self) -> None:
+        # Only a threshold on the device can stay behind when the scaler finds an infinity, without
+        # the host asking. Otherwise the scaler asks, and leaves out the whole step.
+        self._step_supports_amp_scaling = all(g["capturable"] for g in self.param_groups)
 
-    def _steered(self) -> list[dict[str, Any]]:
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        for p in params:
+            if "dual" not in self.state[p]:
+                self.state[p]["dual"] = p.detach().clone()
+        duals = [local(self.state[p]["dual"]) for p in params]
+        grads = [local_gradient(p, p.grad) for p in params if p.grad is not None]
+        params = [local(p) for p in params]
+        if group["capturable"]:
+            found_inf = getattr(self, "found_inf", None)
+            grow_on_device(group, found_inf)
+            scale = getattr(self, "grad_scale", None)
+            numbers = group["lr"], group["threshold"]
+            step_on_device(params, duals, grads, *numbers, scale, found_inf)
+            return
+        grow(group)
+        numbers = float(group["lr"]), group["threshold"]
+        if group["fused"]:
+            params, duals, grads = step_fused(params, duals, grads, *numbers)
+        if params:
+            step = step_one_by_one if group["foreach"] is False else step_together
+            step(params, duals, grads, *numbers)
+
+    def steer(self) -> None:
+        """Measure, and from now on aim at what was measured at the last call.
+
+        ``step`` calls this in time, unless it is captured in a CUDA graph; then call it between
+        replays, every ``horizon / 500`` steps or so. Without a target it does nothing.
+        """
+        groups = self._steered()
+        duals = [[self._dual(p) for p in g["params"]] for g in groups]
+        self._steering.steer(groups, duals)
+
+    def _dual(self, p: Tensor) -> Tensor:
+        """Return the dual, which is the parameter itself before its first gradient."""
+        dual: Tensor = self.state[p]["dual"] if p in self.state else p
+        return dual
+
+    def _steered(self) -> list[Group]:
         return [g for g in self.param_groups if g["target_sparsity"] is not None]
 
-    def _steer(self) -> None:
-        """When it is time, aim at what was measured an interval ago, and measure again.
-
-        The delay lets the number travel while training goes on; it is kept on every device, so
-        that all make the same run.
-        """
+    def _steer_in_time(self) -> None:
         groups = self._steered()
         if not groups:
             return
-        step, horizon = max(g["step"] for g in groups), groups[0]["horizon"]
-        if step % interval(horizon) == 0:
-            self._settle()
-            for g in groups:
-                g["aim"] = g["next_aim"]
-            self._measure(groups)
-            if step == 0:
-                self._settle()
-                for g in groups:
-                    g["aim"] = g["next_aim"]
-
-    def _measure(self, groups: list[dict[str, Any]]) -> None:
-        """Begin to ask which c would lead to the target."""
-        measured = []
+        calls = groups[0]["calls"]
+        if calls % interval(groups[0]["horizon"]) == 0:
+            self.steer()
+        if calls == 0:  # nothing was measured before that one could aim at
+            self.steer()
         for g in groups:
-            duals = [self.state[p].get("dual", p) if p in self.state else p for p in g["params"]]
-            to = landing(g["step"], g["horizon"])
-            reach = growth(float(g["lr"]), float(g["mu"]), g["step"], to)
-            measured.append((duals, g["threshold"], reach))
-        if any(reach > 0 for _, _, reach in measured):
-            c = Reading(constant_for(groups[0]["target_sparsity"], measured))
-            self._reading = c, [(g, t, r) for g, (_, t, r) in zip(groups, measured, strict=True)]
-
-    def _settle(self) -> None:
-        """Turn the number that was asked for into the threshold aimed at next."""
-        if self._reading is not None:
-            reading, groups = self._reading
-            self._reading = None
-            c = reading.get()
-            for group, threshold, reach in groups:
-                if reach > 0 and math.isfinite(c):
-                    group["next_aim"] = threshold + c * reach
+            g["calls"] += 1
 
     def _judge(self) -> None:
         """Warn at the horizon if the target was missed."""
         groups = self._steered()
-        if not groups or max(g["step"] for g in groups) != groups[0]["horizon"]:
+        if not groups or groups[0]["calls"] != groups[0]["horizon"]:
             return
         target, found = groups[0]["target_sparsity"], self.sparsity()
         if abs(found - target) > TOLERANCE:
-            warnings.warn(
-                f"`target_sparsity` = {target} was not reached: at the horizon of "
-                f"{groups[0]['horizon']} steps {found:.4f} of the weights are zero. "
-                + (
-                    "Train longer, or with a larger `lr`, and set `horizon` to the number of steps."
-                    if found < target
-                    else "Zeros beyond the threshold do not come back in time: give a longer "
-                    "`horizon`, or a lower `lr`."
-                ),
-                SparsityWarning,
-                stacklevel=3,
+            change = (
+                "Train longer or with a larger `lr`, and give the new number of steps as `horizon`."
+                if found < target
+                else "The duals fell back below a threshold that does not shrink. Train longer or "
+                "with a smaller `lr`."
             )
-
-    @staticmethod
-    def _grow_threshold(group: dict[str, Any]) -> None:
-        """Add the increment of this step to g, in float64 and with the current learning rate."""
-        n = group["step"] = group["step"] + 1
-        mu = float(group["mu"])
-        if group["target_sparsity"] is not None:
-            # As the theorem's threshold grows from here, but so that it arrives.
-            reach = growth(float(group["lr"]), mu, n - 1, landing(n - 1, group["horizon"]))
-            gap = max(0.0, group["aim"] - group["threshold"])
-            group["c"] = gap / reach if reach > 0 else 0.0
-        grown = float(n) ** mu - float(n - 1) ** mu
-        group["threshold"] += float(group["c"]) * float(group["lr"]) ** (mu + 0.5) * grown
-
-
-def _check_target(target: float | None, horizon: int | None) -> None:
-    if target is not None and not 0.0 < target < 1.0:
-        raise ValueError(f"`target_sparsity` must lie between 0 and 1, got {target}.")
-    if target is not None and horizon is None:
-        raise ValueError(
-            "`target_sparsity` needs `horizon`, the number of steps that training will make."
-        )
-    if target is None and horizon is not None:
-        raise ValueError(
-            f"`horizon` is for `target_sparsity`, which is not given; got {horizon}. Leave it out."
-        )
-    if horizon is not None and horizon < 1:
-        raise ValueError(f"`horizon` must be at least 1 step, got {horizon}.")
-
-
-def _step_one_by_one(
-    params: list[Tensor], duals: list[Tensor], grads: list[Tensor], lr: float, threshold: float
-) -> None:
-    for p, v, grad in zip(params, duals, grads, strict=True):
-        v.add_(grad, alpha=-lr)
-        if threshold > 0.0 and p.dtype in (torch.float32, torch.float64):
-            torch.ops.aten.softshrink.out(v, threshold, out=p)
-        else:
-            # In half precision softshrink rounds g differently from the multi-tensor calls.
-            _threshold_together([p], [v], threshold)
-
-
-def _step_together(
-    params: list[Tensor], duals: list[Tensor], grads: list[Tensor], lr: float, threshold: float
-) -> None:
-    torch._foreach_add_(duals, grads, alpha=-lr)
-    _threshold_together(params, duals, threshold)
-
-
-def _threshold_together(params: list[Tensor], duals: list[Tensor], threshold: float) -> None:
-    torch._foreach_copy_(params, duals)
-    if threshold > 0.0:
-        # The soft threshold is v − clamp(v, −g, g): there is no multi-tensor softshrink. All of
-        # it happens in the parameters' own memory.
-        torch._foreach_clamp_max_(params, threshold)
-        torch._foreach_clamp_min_(params, -threshold)
-        torch._foreach_neg_(params)
-        torch._foreach_add_(params, duals)
+            warnings.warn(
+                f"`target_sparsity` = {target} was missed: after the {groups[0]['horizon']} steps "
+                f"of `horizon` {found:.4f} of the weights are zero. {change}",
+                SparsityWarning,
+                stacklevel=4,
+            )

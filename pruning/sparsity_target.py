@@ -1,10 +1,13 @@
 """The growth that makes gRDA's threshold arrive at a wanted sparsity: measured, then aimed at."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
+
+Number = float | int | Tensor
 
 LANDING = 0.75
 """Share of the horizon after which the wanted sparsity is held: the rest trains what is left."""
@@ -26,14 +29,17 @@ class SparsityWarning(UserWarning):
     """The wanted sparsity was not there at the horizon; the message says what came."""
 
 
-def growth(lr: float, mu: float, first: int, last: float) -> float:
+def growth(lr: Number, mu: float, first: Number, last: Number) -> Any:
     """Return what c = 1 adds to the threshold from step ``first`` to step ``last`` at this lr."""
-    return float(lr ** (mu + 0.5) * (last**mu - first**mu))
+    return lr ** (mu + 0.5) * (last**mu - first**mu)
 
 
-def landing(step: int, horizon: int) -> float:
+def landing(step: Number, horizon: int) -> Any:
     """Return the step at which a threshold planned after ``step`` steps is to arrive."""
-    return max(LANDING * horizon, step + max(1.0, WINDOW * horizon))
+    soonest = step + max(1.0, WINDOW * horizon)
+    if isinstance(soonest, Tensor):
+        return soonest.clamp(min=LANDING * horizon)
+    return max(LANDING * horizon, soonest)
 
 
 def interval(horizon: int) -> int:
@@ -41,7 +47,9 @@ def interval(horizon: int) -> int:
     return max(1, horizon // MEASUREMENTS)
 
 
-def constant_for(target: float, groups: Sequence[tuple[Sequence[Tensor], float, float]]) -> Tensor:
+def constant_for(
+    target: float, groups: Sequence[tuple[Sequence[Tensor], Number, Number]]
+) -> Tensor:
     """Return the c with which a share ``target`` of all weights is zero at the landing.
 
     A weight with dual v, in a group of threshold g to which c adds c·r until the landing, needs
@@ -72,7 +80,7 @@ def constant_for(target: float, groups: Sequence[tuple[Sequence[Tensor], float, 
     return torch.where(i == 0, 0.0, value).squeeze(0)
 
 
-def _histogram(v: Tensor, threshold: float, reach: float, stride: int) -> Tensor:
+def _histogram(v: Tensor, threshold: Number, reach: Number, stride: int) -> Tensor:
     local = v.to_local() if isinstance(v, DTensor) else v
     needed = local.detach().reshape(-1)[::stride].abs().float()
     needed = needed.sub_(threshold).div_(reach).nan_to_num_(0.0, torch.inf).clamp_(min=0.0)
@@ -104,22 +112,3 @@ def num_zeros(p: Tensor) -> Tensor:
     local = p.to_local() if isinstance(p, DTensor) else p
     zeros = local.numel() - torch.count_nonzero(local.detach())
     return _over_ranks(zeros, p)
-
-
-class Reading:
-    """A number on its way to the host, which does not wait for it until it is asked for."""
-
-    def __init__(self, number: Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        self._number = number
-        if number.is_cuda:
-            self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def get(self) -> float:
-        """Return the number, once it is there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return float(self._number)
