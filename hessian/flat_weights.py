@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hessian.parameters import Selection, select_parameters, unwrapped
+from hessian.parameters import Selection, parameter_places, select_parameters, unwrapped
 
 
 class FlatWeights:
@@ -29,6 +29,7 @@ class FlatWeights:
         self._others = {
             name: p for name, p in self.model.named_parameters() if name not in self._parameters
         }
+        self._names = parameter_places(self.model)
 
     def weights(self) -> Float[Tensor, " d"]:
         """Return a copy of the model's current weights as one flat vector."""
@@ -80,13 +81,17 @@ class FlatWeights:
                 f"selected weights, got shape {list(v.shape)}."
             )
 
-    def _all_weights(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return some weights beside the model's own for all others, as constants.
+    def _in_all_places(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return some weights, and the model's own for all others as constants, by every name.
 
         A weight that is not selected and asks for a gradient would keep activations for it.
         """
         others = {name: p.detach() for name, p in self._others.items() if p.requires_grad}
-        return others | selected
+        return {
+            place: tensor
+            for name, tensor in (others | selected).items()
+            for place in self._names[name]
+        }
 
     def _constants(self) -> dict[str, Tensor]:
         """Return what the loss depends on beside the weights: other parameters, and buffers."""

@@ -310,10 +310,10 @@ class Objective(FlatWeights):
         return LossStatistics(len(losses), float(losses.sum()), float(losses.square().sum()))
 
     def _output_at(self, weights: dict[str, Tensor], batch: Batch) -> Any:
-        weights = self._all_weights(weights)
-        if isinstance(batch, Mapping):
-            return functional_call(self.model, weights, kwargs=dict(batch))
-        return functional_call(self.model, weights, tuple(batch[:-1]))
+        inputs = ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch[:-1]), None)
+        # Tied weights are put in here: torch would put two in a module that is registered twice,
+        # and would afterwards put back the first of them, instead of the parameter.
+        return functional_call(self.model, self._in_all_places(weights), *inputs, tie_weights=False)
 
     def _begin(self, w: Tensor) -> Tensor:
         """Check what may have changed since the last call: the vector, the model's mode."""

@@ -75,6 +75,22 @@ def select_parameters(model: nn.Module, selection: Selection) -> dict[str, nn.Pa
     return chosen
 
 
+def parameter_places(model: nn.Module) -> dict[str, list[str]]:
+    """Return every name of every parameter by its first one, but one for each module's attribute.
+
+    Tied parameters have several, a module that is registered twice has its own once.
+    """
+    places: dict[int, list[str]] = {}
+    seen: set[tuple[int, str]] = set()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        attribute = id(model.get_submodule(owner)), leaf
+        if attribute not in seen:
+            seen.add(attribute)
+            places.setdefault(id(p), []).append(name)
+    return {names[0]: names for names in places.values()}
+
+
 def _match(named: dict[str, nn.Parameter], patterns: Iterable[str]) -> dict[str, nn.Parameter]:
     wanted: set[str] = set()
     for pattern in patterns:

@@ -126,6 +126,25 @@ def test_every_call_leaves_everything_as_it_was(call, mode, kind):
     assert w.grad is None
 
 
+def test_a_layer_that_is_registered_twice_keeps_its_parameters():
+    layer = seeded(lambda: nn.Linear(4, 4))
+    model = nn.Sequential(layer, nn.Tanh(), layer, seeded(lambda: nn.Linear(4, 3)))
+    model[3].bias = nn.Parameter(layer.bias.detach()[:3].clone())
+    kept = dict(model.named_parameters())
+    X, y = seeded(lambda: torch.randn(6, 4)), torch.arange(6) % 3
+    for selection in (None, "0.*", "3.*"):
+        objective = Objective(model, nn.CrossEntropyLoss(), (X, y), parameters=selection)
+        w = objective.weights()
+        objective.write_(w)
+        product = hessian_operator(objective) @ w
+        now = dict(model.named_parameters())
+        assert now.keys() == kept.keys()
+        assert all(now[name] is p for name, p in kept.items())
+        h = 1e-5
+        slopes = objective.gradient(w + h * w) - objective.gradient(w - h * w)
+        torch.testing.assert_close(product, slopes / (2 * h), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_construction_that_fails_leaves_everything_as_it_was(at):
