@@ -1,5 +1,7 @@
 import gzip
 import io
+import os
+import pickle
 import struct
 from pathlib import Path
 
@@ -10,12 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-import flatvalley.data
-from flatvalley.data import CIFAR10_DEVIATION, CIFAR10_MEAN, load_dataset
-from flatvalley.models import lenet_300_100, resnet20, resnet50, tanh_mlp
-from flatvalley.run import DamagedFileError
+from flatvalley.batches import ResidentBatches
+from flatvalley.data import (
+    CIFAR10_DEVIATION,
+    CIFAR10_MEAN,
+    default_root,
+    load_dataset,
+    split_off_validation,
+)
+from hessian import DamagedFileError
 
-REAL = flatvalley.data._root(None)
+REAL = default_root()
 
 
 def test_digits_are_split_without_overlap_and_class_by_class():
@@ -174,6 +181,117 @@ def test_cifar10_without_its_readers_says_what_to_install(cifar_files, monkeypat
         load_dataset("cifar10", root=cifar_files)
 
 
+def test_unpacked_mnist_files_are_read_too(mnist_files):
+    packed = load_dataset("mnist", root=mnist_files)
+    for path in (mnist_files / "mnist").glob("*.gz"):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    assert torch.equal(load_dataset("mnist", root=mnist_files).train_inputs, packed.train_inputs)
+
+
+def write_pickles(folder: Path, *, per_file: int = 2) -> np.ndarray:
+    """Tiny files with the names and the layout of the original archive; return their images."""
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (6 * per_file, 3, 32, 32), dtype=np.uint8)
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for number, name in enumerate(names):
+        rows = slice(number * per_file, (number + 1) * per_file)
+        table = {
+            b"batch_label": name.encode(),
+            b"labels": [(3 * number + i) % 10 for i in range(per_file)],
+            b"data": pixels[rows].reshape(per_file, 3072),
+            b"filenames": [b"a.png"] * per_file,
+        }
+        (folder / name).write_bytes(pickle.dumps(table, protocol=2))
+    return pixels
+
+
+@pytest.mark.parametrize("place", ["cifar10/cifar-10-batches-py", "cifar-10-batches-py"])
+def test_cifar10_pickles_are_read_channel_by_channel(tmp_path, place):
+    pixels = write_pickles(tmp_path / place)
+    data = load_dataset("cifar10", root=tmp_path, dtype=torch.uint8)
+    assert np.array_equal(torch.cat([data.train_inputs, data.test_inputs]).numpy(), pixels)
+    assert data.train_labels.tolist() == [0, 1, 3, 4, 6, 7, 9, 0, 2, 3]
+    assert data.test_labels.tolist() == [5, 6]
+
+
+def test_the_original_pickles_come_before_parquet_files(cifar_files):
+    assert len(load_dataset("cifar10", root=cifar_files).train_inputs) == 3
+    write_pickles(cifar_files / "cifar10" / "cifar-10-batches-py")
+    assert len(load_dataset("cifar10", root=cifar_files).train_inputs) == 10
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"data": np.zeros((2, 3072), np.uint8)}, r"but holds data with data of shape \[2, 3072\]"),
+        ({"data": np.zeros((2, 30), np.uint8), "labels": [1, 2]}, r"with data of shape \[2, 30\]"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [1, 2]}, r"shape \[1, 3072\]"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": ["cat"]}, "n whole numbers"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}, r"from 0 to 9, got .*10\]"),
+        ([1, 2], "but holds no dictionary"),
+        ({"data": os.system}, "which could run code, and was not run"),
+    ],
+)
+def test_a_damaged_cifar10_pickle_is_named(tmp_path, table, message):
+    folder = tmp_path / "cifar10" / "cifar-10-batches-py"
+    write_pickles(folder)
+    (folder / "data_batch_3").write_bytes(pickle.dumps(table, protocol=2))
+    with pytest.raises(DamagedFileError, match=message):
+        load_dataset("cifar10", root=tmp_path)
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data_batch_3 is not there\. Put the file there"):
+        load_dataset("cifar10", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
+def test_bytes_normalised_by_the_batch_are_the_inputs_normalised(name, mnist_files, cifar_files):
+    numbers = load_dataset(name, root=mnist_files, dtype=torch.float64)
+    raw = load_dataset(name, root=mnist_files, dtype=torch.uint8)
+    assert (raw.train_inputs.dtype, numbers.normalise) == (torch.uint8, None)
+    batches = ResidentBatches(
+        raw.train_inputs,
+        raw.train_labels,
+        5000,
+        seed=0,
+        normalise=raw.normalise,
+        dtype=torch.float64,
+        shuffle=False,
+    )
+    # Two roundings of numbers below 3.
+    torch.testing.assert_close(batches.batch(0)[0], numbers.train_inputs, rtol=0, atol=1e-14)
+
+
+def test_a_validation_split_is_stratified_and_leaves_the_test_set_out():
+    data = load_dataset("digits")
+    split = split_off_validation(data, 143, seed=3)
+    assert (len(split.train_labels), len(split.test_labels)) == (1437 - 143, 143)
+    together = torch.cat([split.train_inputs, split.test_inputs])
+    assert torch.equal(together.unique(dim=0), data.train_inputs.unique(dim=0))
+    counts = torch.bincount(data.train_labels, minlength=10) * 143 / 1437
+    assert torch.all((torch.bincount(split.test_labels, minlength=10) - counts).abs() < 1)
+    # What stays keeps its order, and labels stay with their inputs.
+    rows = {tuple(row): i for i, row in enumerate(data.train_inputs.tolist())}
+    places = [rows[tuple(row)] for row in split.train_inputs.tolist()]
+    assert places == sorted(places)
+    assert torch.equal(data.train_labels[places], split.train_labels)
+
+
+def test_a_validation_split_follows_its_seed_alone():
+    data, state = load_dataset("digits"), torch.get_rng_state()
+    first, second, other = (split_off_validation(data, 0.25, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.test_inputs, second.test_inputs)
+    assert not torch.equal(first.test_inputs, other.test_inputs)
+    assert len(first.test_labels) == round(1437 / 4)
+
+
+@pytest.mark.parametrize("size", [0, 1437, 0.0, 1e-6, 1.0, 1.5, -3])
+def test_a_validation_split_without_samples_on_both_sides_is_refused(size):
+    with pytest.raises(ValueError, match="`size` must be from 1 to 1436 samples, or a share in"):
+        split_off_validation(load_dataset("digits"), size, seed=0)
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_missing_files_say_where_to_put_them(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not there\. Put the file there, or name"):
@@ -201,95 +319,3 @@ def test_cifar10_jpeg_itself_is_complete_and_nearly_normalised():
     # The constants are those of the original images; compression smooths by less than 1 %.
     assert torch.all(data.train_inputs.mean(dim=(0, 2, 3)).abs() < 1e-3)
     assert torch.all((data.train_inputs.std(dim=(0, 2, 3)) - 1).abs() < 1e-2)
-
-
-MODELS = {
-    "tanh_mlp": lambda seed: tanh_mlp([4, 3, 2], seed=seed, dtype=torch.float64),
-    "lenet_300_100": lambda seed: lenet_300_100(seed=seed, dtype=torch.float64),
-    "resnet20": lambda seed: resnet20(seed=seed, dtype=torch.float64),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_models_start_from_their_seed_and_leave_the_random_state_alone(name):
-    state = torch.get_rng_state()
-    first, second, other = (MODELS[name](seed) for seed in (7, 7, 8))
-    assert torch.equal(torch.get_rng_state(), state)
-    for a, b, c in zip(first.parameters(), second.parameters(), other.parameters(), strict=True):
-        assert a.dtype == torch.float64
-        assert torch.equal(a, b)
-        # Batch norm starts from ones and zeros whatever the seed.
-        assert not torch.equal(a, c) or (name == "resnet20" and a.ndim == 1)
-
-
-def test_mlp_weights_start_uniform_within_one_over_root_fan_in():
-    weights = tanh_mlp([64, 50, 10], seed=0)[0].weight.detach()
-    assert float(weights.abs().max()) <= 1 / 8
-    # The standard deviation of a uniform on ±b is b / √3; 3,200 draws know it to 2 %.
-    assert float(weights.std()) == pytest.approx(1 / 8 / 3**0.5, rel=0.06)
-
-
-@pytest.mark.parametrize("sizes", [[4], [4, 0, 2]])
-def test_mlp_without_two_positive_widths_is_refused(sizes):
-    with pytest.raises(ValueError, match="`sizes` must be two or more positive widths"):
-        tanh_mlp(sizes, seed=0)
-
-
-def test_lenet_300_100_is_three_layers_with_relu():
-    model, x = lenet_300_100(seed=0, dtype=torch.float64), torch.rand(3, 1, 28, 28).double()
-    out = x.reshape(3, 784)
-    parameters = list(model.parameters())
-    assert [list(p.shape) for p in parameters[::2]] == [[300, 784], [100, 300], [10, 100]]
-    for i in (0, 2, 4):
-        out = out @ parameters[i].T + parameters[i + 1]
-        out = out.clamp(min=0) if i < 4 else out
-    torch.testing.assert_close(model(x), out)
-
-
-def test_resnet20_has_the_layers_of_the_paper():
-    model = resnet20(seed=0).eval()
-    # Table 6 of the paper, one line a stage: 1 + 6 convolutions on 32x32 maps, 6 on 16x16 and on
-    # 8x8, then the linear layer; shortcuts without weights.
-    sizes: list[tuple[int, int]] = []
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(lambda _, __, out: sizes.append(tuple(out.shape[1:3])))
-    with torch.no_grad():
-        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    assert sizes == [(16, 32)] * 7 + [(32, 16)] * 6 + [(64, 8)] * 6
-    # 3·16·9 + 6·16²·9 + (16·32 + 5·32²)·9 + (32·64 + 5·64²)·9, batch norm, and the linear layer.
-    assert sum(p.numel() for p in model.parameters()) == 267_696 + 2 * 688 + 650
-
-
-def test_resnet20_shortcuts_carry_the_input_into_the_middle_channels():
-    block = resnet20(seed=0, dtype=torch.float64).eval()[6]
-    with torch.no_grad():
-        block.bn2.weight.zero_()  # silences the convolutions: what is left is the shortcut
-    x = torch.rand(2, 16, 32, 32, dtype=torch.float64)
-    out = block(x)
-    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
-    assert not out[:, :8].any()
-    assert not out[:, 24:].any()
-
-
-def test_resnet20_weights_start_as_he_et_al_draw_them():
-    weights = resnet20(seed=0)[9].conv1.weight.detach()
-    assert list(weights.shape) == [64, 32, 3, 3]
-    # Standard deviation √(2 / (9 · 64)), by the outputs; 18,432 draws know it to 0.5 %.
-    assert float(weights.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
-
-
-def test_resnet50_has_the_published_size_and_names():
-    model = resnet50(seed=0).eval()
-    assert sum(p.numel() for p in model.parameters()) == 25_557_032
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    assert len(shapes) == 161
-    assert shapes["layer1.0.downsample.0.weight"] == [256, 64, 1, 1]
-    assert shapes["layer4.2.conv2.weight"] == [512, 512, 3, 3]
-    assert shapes["fc.weight"] == [1000, 2048]
-    maps: list[int] = []
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        stage.register_forward_hook(lambda _, __, out: maps.append(out.shape[-1]))
-    with torch.no_grad():
-        assert model(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
-    assert maps == [16, 8, 4, 2]
