@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,136 +10,149 @@ from torch import Tensor
 from flatvalley.augmentation import CropAndFlip
 from flatvalley.batches import ResidentBatches
 from flatvalley.checkpoints import content
-from flatvalley.data import Dataset, load_dataset
+from flatvalley.data import Dataset, load_dataset, split_off_validation
 from flatvalley.train_config import TrainConfig
 from flatvalley.user_code import build
 
-# The samples that are left out are the same for every seed of the training.
 SPLIT_SEED = 0
+"""The samples that are left out are the same for every seed of the training."""
+EVALUATION_BATCH = 1000
+"""Samples in a forward pass of an evaluation."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Batches known by their step alone, as ``ResidentBatches`` and ``ImageBatches`` are."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        ...
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the batch of a step."""
+        ...
+
+
+class _ChannelsLast:
+    """Batches of images that lie in memory with their channels last."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        x, y = self._batches.batch(step)
+        return x.contiguous(memory_format=torch.channels_last), y
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Inputs and labels of one part of the data."""
+class Part:
+    """Batches of one part of the data, and how many samples they hold in all."""
 
-    inputs: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    batches: Batches
+    num_samples: int
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """The parts of a data set that a training uses."""
+    """The parts of a data set as a training sees them."""
 
     name: str
     num_classes: int
-    train: Samples
-    validation: Samples | None
-    test: Samples
-
-    def batches(
-        self, config: TrainConfig, *, rank: int = 0, world_size: int = 1
-    ) -> ResidentBatches:
-        """Return the training batches by their step, on the device.
-
-        Raises:
-            ValueError: If a batch cannot be shared evenly by the ranks, or augmentation is asked
-                for where inputs are no images.
-        """
-        augment = None
-        if config.augment == "crop-flip":
-            if self.train.inputs.ndim != 4:
-                raise ValueError(
-                    "`augment` crop-flip needs images [n, channels, height, width], got inputs of "
-                    f"shape {list(self.train.inputs.shape)}. Use none."
-                )
-            augment = CropAndFlip()
-        return ResidentBatches(
-            self.train.inputs,
-            self.train.labels,
-            config.batch_size,
-            seed=config.seed,
-            augment=augment,
-            device=config.device,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def digest(self) -> str:
-        """Return a short digest by which a resumed training knows its data."""
-        found = hashlib.sha256()
-        for part in (self.train, self.validation, self.test):
-            if part is not None:
-                found.update(str([*part.inputs.shape, part.inputs.dtype]).encode())
-                for t in (part.labels, part.inputs[:8], part.inputs[-8:]):
-                    found.update(content(t.cpu()))
-        return found.hexdigest()[:16]
+    train: Part
+    validation: Part | None
+    test: Part
+    digest: str
+    """A short digest by which a resumed training knows its data."""
 
 
-def load_train_data(config: TrainConfig, given: Dataset | None = None) -> TrainData:
-    """Return the data that the settings name, cut and split as they say.
+def load_train_data(
+    config: TrainConfig, given: Dataset | None = None, *, rank: int = 0, world_size: int = 1
+) -> TrainData:
+    """Return the data that the settings name, cut and split as they say, on their device.
 
     Args:
         config: Settings; a factory of ``data`` returns a ``Dataset``, or two pairs of inputs and
-            class labels, for training and for testing.
+            targets, for training and for testing.
         given: Data to use in place of those that the settings name.
+        rank: Number of this process, which takes its part of every training batch.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: If the data are not known, or not of that kind, or nothing would be left.
+        ValueError: If the data are not known, not of that kind, or do not fit the settings.
         FileNotFoundError: If a file is not there.
         DamagedFileError: If a file is not what its name says.
     """
     found = given if given is not None else _named(config)
-    inputs, labels = found.train_inputs, found.train_labels
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    wanted = config.train_samples or len(labels)
-    if wanted > len(labels):
+    wanting = [f"`augment` {config.augment}"] if config.augment != "none" else []
+    wanting += ["`channels_last`"] if config.channels_last else []
+    if wanting and found.train_inputs.ndim != 4:
         raise ValueError(
-            f"`train_samples` must be at most {len(labels):,}, those that there are, got "
-            f"{wanted:,}."
+            f"{wanting[0]} needs images [n, channels, height, width], got inputs of shape "
+            f"{list(found.train_inputs.shape)}. Leave it out."
         )
-    held_out = round(config.validation * wanted)
-    if config.validation and not 0 < held_out < wanted:
+    if config.train_samples > len(found.train_labels):
         raise ValueError(
-            f"`validation` must leave samples on both sides, got {config.validation} of {wanted}."
+            f"`train_samples` must be at most {len(found.train_labels):,}, those that there are, "
+            f"got {config.train_samples:,}."
         )
-    validation = None
-    if wanted < len(labels) or held_out:
-        order = torch.randperm(len(labels), generator=generator)[:wanted]
-        rows = order[held_out:]
-        if held_out:
-            validation = Samples(inputs[order[:held_out]], labels[order[:held_out]])
-        inputs, labels = inputs[rows], labels[rows]
-    data = TrainData(
-        found.name,
-        found.num_classes,
-        Samples(inputs, labels),
-        validation,
-        Samples(found.test_inputs, found.test_labels),
+    if 0 < config.train_samples < len(found.train_labels):
+        drawn = split_off_validation(found, config.train_samples, seed=SPLIT_SEED)
+        found = replace(found, train_inputs=drawn.test_inputs, train_labels=drawn.test_labels)
+    held_out = None
+    if config.validation:
+        held_out = split_off_validation(found, config.validation, seed=SPLIT_SEED)
+        found = replace(
+            found, train_inputs=held_out.train_inputs, train_labels=held_out.train_labels
+        )
+    options: dict[str, Any] = {
+        "normalise": found.normalise,
+        "dtype": torch.float64 if config.precision == "float64" else torch.float32,
+        "device": config.device,
+    }
+
+    def part(inputs: Tensor, labels: Tensor, size: int, **more: Any) -> Part:
+        x = inputs.to(options["dtype"]) if inputs.is_floating_point() else inputs
+        batches = ResidentBatches(x, labels, size, **options, **more)
+        return Part(_ChannelsLast(batches) if config.channels_last else batches, len(labels))
+
+    train = part(
+        found.train_inputs,
+        found.train_labels,
+        config.batch_size,
+        seed=config.seed,
+        augment=CropAndFlip() if config.augment == "crop-flip" else None,
+        rank=rank,
+        world_size=world_size,
     )
-    return _converted(data, config)
+    fixed = {"size": EVALUATION_BATCH, "seed": 0, "shuffle": False}
+    validation = None
+    if held_out is not None:
+        validation = part(held_out.test_inputs, held_out.test_labels, **fixed)
+    test = part(found.test_inputs, found.test_labels, **fixed)
+    return TrainData(found.name, found.num_classes, train, validation, test, _digest(found))
 
 
-def _converted(data: TrainData, config: TrainConfig) -> TrainData:
-    """Floating-point inputs in the type of the training, everything on its device."""
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-
-    def convert(part: Samples) -> Samples:
-        x = part.inputs
-        return Samples(
-            x.to(config.device, dtype if x.is_floating_point() else None),
-            part.labels.to(config.device),
-        )
-
-    validation = None if data.validation is None else convert(data.validation)
-    return replace(data, train=convert(data.train), validation=validation, test=convert(data.test))
+def _digest(data: Dataset) -> str:
+    found = hashlib.sha256()
+    for x, y in (
+        (data.train_inputs, data.train_labels),
+        (data.test_inputs, data.test_labels),
+    ):
+        found.update(str([*x.shape, x.dtype]).encode())
+        for t in (y, x[:8], x[-8:]):
+            found.update(content(t.cpu()))
+    return found.hexdigest()[:16]
 
 
 def _named(config: TrainConfig) -> Dataset:
     if ":" not in config.data:
-        return load_dataset(config.data)
+        # Bytes where images are changed, so that what is shifted in is black; a float otherwise,
+        # which need not be normalised again in every step.
+        dtype = torch.float32 if config.augment == "none" else torch.uint8
+        return load_dataset(config.data, dtype=dtype)
     found = build(config.data, "data", seed=config.seed)
     if isinstance(found, Dataset):
         return found

@@ -96,20 +96,18 @@ class Trainee:
         zeros = torch.stack([(p == 0).sum() for p in self.params.values()]).sum()
         return int(zeros) / self.num_weights
 
+    def pruned_sparsity(self) -> float:
+        """Return the share of zeros among the weights that are to be pruned."""
+        if self.pruner is not None:
+            return self.pruner.sparsity()
+        return self.optimizer.sparsity() if isinstance(self.optimizer, GRDA) else 0.0
+
     def threshold(self) -> tuple[float, float]:
         """Return gRDA's threshold and its constant c now, of the groups that are pruned; or NaN."""
         if not isinstance(self.optimizer, GRDA):
             return float("nan"), float("nan")
         group = self.optimizer.param_groups[0]  # the one that is pruned comes first
         return float(group["threshold"]), float(group["c"])
-
-    def first_bad(self, what: str) -> str | None:
-        """Return the name of the first parameter whose value or gradient is not finite."""
-        for name, p in self.params.items():
-            t = p.grad if what == "gradient" else p.detach()
-            if t is not None and not bool(torch.isfinite(t).all()):
-                return name
-        return None
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the model's state on the CPU; of tied tensors one."""
@@ -122,10 +120,6 @@ class Trainee:
             seen.add(mark)
             found[name] = t.detach().to("cpu", copy=True).contiguous()
         return found
-
-    def is_finite(self) -> Tensor:
-        """Return whether all weights are finite, as a tensor on the device."""
-        return torch.stack([torch.isfinite(p.detach()).all() for p in self.params.values()]).all()
 
     def state(self) -> dict[str, Any]:
         """Return everything that the next step depends on."""

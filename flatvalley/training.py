@@ -20,6 +20,8 @@ from flatvalley.train_data import load_train_data
 from flatvalley.training_loop import Progress, Training
 from flatvalley.user_code import build_model
 
+TARGET_TOLERANCE = 0.01
+"""How far the sparsity of a run may be from the wanted one."""
 DENSE_BELOW = 0.5
 """Sparsity from which on the compact form of the weights is the smaller one."""
 
@@ -33,6 +35,10 @@ class RunResult:
     """The model's state, on the CPU."""
     row: Row
     """Its last row of the table ``epochs``."""
+    target: float | None
+    """The sparsity that was wanted, if one was."""
+    pruned_sparsity: float
+    """Share of zeros among the weights that were to be pruned."""
 
     @property
     def test_accuracy(self) -> float:
@@ -43,6 +49,13 @@ class RunResult:
     def sparsity(self) -> float:
         """Share of zeros among all weights that were trained."""
         return float(self.row["sparsity"])
+
+    @property
+    def missed(self) -> bool:
+        """Whether the wanted sparsity was not reached."""
+        return self.target is not None and not (
+            abs(self.pruned_sparsity - self.target) <= TARGET_TOLERANCE
+        )
 
     def vector(self, model: nn.Module) -> Float[Tensor, " d"]:
         """Return the trained weights as one vector, in the order of the model's parameters."""
@@ -61,6 +74,14 @@ class TrainResult:
     """Warnings of the optimizers, and damaged checkpoints that were passed over."""
     num_weights: int
     num_steps: int
+    num_test_samples: int
+    run: Run | None
+    """The folder; None if there is none, and on other processes than the first."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether every wanted sparsity was reached."""
+        return not any(run.missed for run in self.runs)
 
     def __getitem__(self, name: str) -> RunResult:
         """Return the run of this name.
@@ -133,13 +154,13 @@ def train(
     """
     rank, world_size = world()
     local = replace(config, device=own_device(config.device))
-    samples = load_train_data(local, data)
+    samples = load_train_data(local, data, rank=rank, world_size=world_size)
     make = make_model or model_factory(local, samples.num_classes)
     training = Training(local, samples, make, rank=rank, world_size=world_size)
     checkpoints, run = None, None
     if folder is not None:
         identity = config.identity()
-        marks = {"data digest": samples.digest(), "start digest": training.start_digest()}
+        marks = {"data digest": samples.digest, "start digest": training.start_digest()}
         checkpoints = Checkpoints(folder / "checkpoints", identity | marks)
         if rank == 0:
             run = Run(folder, "train", identity | ({"recipe": dict(recipe)} if recipe else {}))
@@ -151,12 +172,21 @@ def train(
         result = TrainResult(
             config,
             tuple(
-                RunResult(t.name, t.weights(), training.last_row(t.name)) for t in training.trainees
+                RunResult(
+                    t.name,
+                    t.weights(),
+                    training.last_row(t.name),
+                    t.spec.settings.get("target"),
+                    t.pruned_sparsity(),
+                )
+                for t in training.trainees
             ),
             training.log.tables,
             tuple(training.notes),
             training.trainees[0].num_weights,
             training.num_steps,
+            samples.test.num_samples,
+            run,
         )
     if run is not None:
         _write_ends(result, run)

@@ -3,9 +3,8 @@
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from flatvalley.checkpoints import Checkpoints, content, storage_errors
+from flatvalley.divergence import all_finite, careful_step
+from flatvalley.evaluation import evaluate, evaluating
 from flatvalley.process_group import sum_over_ranks
 from flatvalley.run import Row, Run
 from flatvalley.schedules import schedule
+from flatvalley.surroundings import everything_put_back, seed_noise, warnings_noted
 from flatvalley.train_config import TrainConfig
-from flatvalley.train_data import Samples, TrainData
+from flatvalley.train_data import Part, TrainData
 from flatvalley.train_logs import TrainLog
 from flatvalley.trainees import Criterion, Trainee
 from flatvalley.user_code import build, describe
 from hessian import NonFiniteError
-
-EVALUATION_BATCH = 1000
-"""Samples in a forward pass of an evaluation."""
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with the steps done, the steps in all, and each run's loss when it was last read."""
@@ -55,8 +54,7 @@ class Training:
     ) -> None:
         self.config, self.data, self._make_model = config, data, make_model
         self.rank, self.world_size = rank, world_size
-        self.batches = data.batches(config, rank=rank, world_size=world_size)
-        self.steps_per_epoch = len(self.batches)
+        self.steps_per_epoch = len(data.train.batches)
         self.num_steps = config.epochs * self.steps_per_epoch
         self._factor = schedule(
             config.schedule,
@@ -145,21 +143,8 @@ class Training:
     @contextmanager
     def everything_put_back(self) -> Iterator[None]:
         """Set what the training needs of torch's global state; put it back afterwards."""
-        cuda = self.config.device.startswith("cuda")
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        threads = torch.get_num_threads()
-        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=[self.config.device] if cuda else []))
-            stack.enter_context(self._warnings_noted())
-            try:
-                torch.set_num_threads(self.threads)
-                matmul.allow_tf32 = cudnn.allow_tf32 = self.config.precision in ("tf32", "bf16")
-                cudnn.benchmark = True
-                yield
-            finally:
-                torch.set_num_threads(threads)
-                matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        with everything_put_back(self.config, self.threads), warnings_noted(self._note):
+            yield
 
     def _start(self) -> list[Trainee]:
         """Make the runs anew, all from one start."""
@@ -196,10 +181,10 @@ class Training:
 
     def _try_out(self) -> None:
         """See whether the model takes the data, before anything is written."""
-        x, y = self.data.test.inputs[:2], self.data.test.labels[:2]
+        x, y = (t[:2] for t in self.data.test.batches.batch(0))
         trainee = self.trainees[0]
         try:
-            with _evaluating(trainee.model), trainee.autocast():
+            with evaluating(trainee.model), trainee.autocast():
                 out = trainee.model(x)
                 trainee.criterion(out, y)
         except Exception as error:
@@ -213,16 +198,14 @@ class Training:
 
     def _advance(self) -> None:
         """Make one step of every run on the same batch."""
-        x, y = self.batches.batch(self.step)
-        if self.config.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x, y = self.data.train.batches.batch(self.step)
         factor = self._factor(self.step)
         if factor != self._last_factor:
             self._last_factor = factor
             for trainee in self.trainees:
                 trainee.set_rate(factor)
         for trainee, (losses, right) in zip(self.trainees, self._cells, strict=True):
-            self._seed_noise()
+            seed_noise(self.config, self.step, self.rank)
             loss, out = trainee.step(x, y)
             # Nothing is read here, so nothing waits for the device.
             losses.add_(loss, alpha=len(y))
@@ -230,21 +213,11 @@ class Training:
                 right.add_((out.argmax(1) == y).sum())
         self.step += 1
 
-    def _seed_noise(self) -> None:
-        """Let dropout draw what belongs to this step and process, whoever drew before."""
-        mixed = (self.config.seed * 1_000_003 + self.step) * 1_009 + self.rank
-        torch.default_generator.manual_seed(mixed % 2**63)
-        if self.config.device.startswith("cuda"):
-            torch.cuda.manual_seed(mixed % 2**63)
-
     def _after_step(self) -> None:
         """Read, evaluate, write: what is due after this step, in an order a kill cannot tear."""
         ends = self.step % self.steps_per_epoch == 0
-        if not ends and self.step % self.config.log_every and self.step not in self._snapshots:
-            return
-        save = False
-        if ends or self.step % self.config.log_every == 0:
-            save = self._read()
+        reads = ends or self.step == 1 or self.step % self.config.log_every == 0
+        save = self._read() if reads else False
         if ends:
             self._end_epoch()
         if self.step in self._snapshots:
@@ -286,7 +259,7 @@ class Training:
 
     def _samples_between(self, first: int, last: int) -> int:
         """Samples of some steps of one epoch, over all processes."""
-        size, total = self.config.batch_size, len(self.data.train)
+        size, total = self.config.batch_size, self.data.train.num_samples
         start = first % self.steps_per_epoch
         return min((start + last - first) * size, total) - start * size
 
@@ -295,7 +268,7 @@ class Training:
 
     def _end_epoch(self) -> None:
         """Evaluate every run, and write the tables."""
-        epoch, total = self.step // self.steps_per_epoch, len(self.data.train)
+        epoch, total = self.step // self.steps_per_epoch, self.data.train.num_samples
         last = self.step == self.num_steps
         look = last or epoch % self.config.eval_every == 0
         seconds = self._elapsed()
@@ -336,29 +309,18 @@ class Training:
         """Seconds of this epoch, those before a kill included."""
         return self._seconds + time.monotonic() - self._began
 
-    def _evaluated(self, trainee: Trainee, part: str, samples: Samples | None) -> dict[str, Any]:
-        """Loss and accuracy on some samples, which the processes share out; None for not now."""
-        if samples is None:
-            return {f"{part}_loss": None, f"{part}_accuracy": None}
-        sums = torch.zeros(2, dtype=torch.float64, device=self.config.device)
-        with _evaluating(trainee.model), trainee.autocast():
-            mine = range(
-                self.rank * EVALUATION_BATCH, len(samples), EVALUATION_BATCH * self.world_size
+    def _evaluated(self, trainee: Trainee, name: str, part: Part | None) -> dict[str, Any]:
+        """Loss and accuracy on some samples; None for not now."""
+        loss, accuracy = None, None
+        if part is not None:
+            loss, accuracy = evaluate(
+                trainee.model,
+                trainee.criterion,
+                part,
+                classifies=self._classifies,
+                autocast=trainee.autocast(),
             )
-            for start in mine:
-                rows = slice(start, start + EVALUATION_BATCH)
-                x, y = samples.inputs[rows], samples.labels[rows]
-                if self.config.channels_last and x.ndim == 4:
-                    x = x.contiguous(memory_format=torch.channels_last)
-                out = trainee.model(x)
-                sums[0].add_(trainee.criterion(out, y), alpha=len(y))
-                if self._classifies:
-                    sums[1].add_((out.argmax(1) == y).sum())
-        loss, right = sum_over_ranks(sums).tolist()
-        return {
-            f"{part}_loss": loss / len(samples),
-            f"{part}_accuracy": self._share(right, len(samples)),
-        }
+        return {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
 
     def _snapshot(self) -> None:
         """Write every run's weights as one vector each, for the trajectories."""
@@ -377,7 +339,7 @@ class Training:
     def _save(self) -> None:
         """Write a checkpoint, of good weights only."""
         for trainee in self.trainees:
-            if not bool(trainee.is_finite()):
+            if not all_finite(trainee):
                 raise NonFiniteError(f"A weight of {trainee.name} is not finite.")
         if self._checkpoints is not None and self.rank == 0:
             self._checkpoints.save(self.step, self._state())
@@ -422,13 +384,11 @@ class Training:
             )
         cure = "Lower the learning rate of this run, or what prunes it, and use another folder."
         while self.step <= min(end, self.num_steps - 1):
-            x, y = self.batches.batch(self.step)
-            if self.config.channels_last and x.ndim == 4:
-                x = x.contiguous(memory_format=torch.channels_last)
+            x, y = self.data.train.batches.batch(self.step)
             for trainee in self.trainees:
                 trainee.set_rate(self._factor(self.step))
-                self._seed_noise()
-                what = _careful_step(trainee, x, y)
+                seed_noise(self.config, self.step, self.rank)
+                what = careful_step(trainee, x, y)
                 flag = torch.tensor([float(what is not None)], device=self.config.device)
                 if float(sum_over_ranks(flag)) > 0:
                     return NonFiniteError(
@@ -445,51 +405,6 @@ class Training:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-
-    @contextmanager
-    def _warnings_noted(self) -> Iterator[None]:
-        """Keep what our own packages warn of for the report; it is shown as always, too."""
-        shown = warnings.showwarning
-
-        def note(message: Any, category: type[Warning], *rest: Any) -> None:
-            if category.__module__.partition(".")[0] in ("pruning", "hessian", "flatvalley"):
-                self._note(str(message))
-            shown(message, category, *rest)
-
-        warnings.showwarning = note  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            warnings.showwarning = shown
-
-
-def _careful_step(trainee: Trainee, x: Tensor, y: Tensor) -> str | None:
-    """Make a step, looking at every tensor; name the first that is not finite."""
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        return "An input of the batch"
-    loss, _ = trainee.backward(x, y)
-    if not bool(torch.isfinite(loss)):
-        return "The loss"
-    bad = trainee.first_bad("gradient")
-    if bad is not None:
-        return f"The gradient of {bad}"
-    trainee.optimizer.step()
-    bad = trainee.first_bad("weight")
-    if bad is not None:
-        return f"The weight {bad}"
-    trainee.prune()
-    return None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training mode afterwards."""
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train()
 
 
 def _criterion(config: TrainConfig) -> Criterion:
