@@ -80,7 +80,10 @@ class TrainConfig:
     """Steps between two rows of ``steps.csv``; the losses are read from the device only then."""
     precision: str = "float32"
     """``float32``, ``float64``, ``tf32`` (float32 with TF32 products), ``bf16`` (autocast)."""
-    channels_last: bool = False
+    channels_last: bool | None = None
+    """Memory format of convolutions; None picks the faster one, see ``prepare_model``."""
+    compile: bool = False
+    """Whether to compile the model: faster steps after a first one that takes a minute."""
     threads: int = 0
     """Threads of torch on the CPU; 0 leaves them as they are."""
     device: str = "cpu"

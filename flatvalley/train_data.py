@@ -33,20 +33,6 @@ class Batches(Protocol):
         ...
 
 
-class _ChannelsLast:
-    """Batches of images that lie in memory with their channels last."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        x, y = self._batches.batch(step)
-        return x.contiguous(memory_format=torch.channels_last), y
-
-
 @dataclass(frozen=True)
 class Part:
     """Batches of one part of the data, and how many samples they hold in all."""
@@ -86,12 +72,10 @@ def load_train_data(
         DamagedFileError: If a file is not what its name says.
     """
     found = given if given is not None else _named(config)
-    wanting = [f"`augment` {config.augment}"] if config.augment != "none" else []
-    wanting += ["`channels_last`"] if config.channels_last else []
-    if wanting and found.train_inputs.ndim != 4:
+    if config.augment != "none" and found.train_inputs.ndim != 4:
         raise ValueError(
-            f"{wanting[0]} needs images [n, channels, height, width], got inputs of shape "
-            f"{list(found.train_inputs.shape)}. Leave it out."
+            f"`augment` {config.augment} needs images [n, channels, height, width], got inputs of "
+            f"shape {list(found.train_inputs.shape)}. Use none."
         )
     if config.train_samples > len(found.train_labels):
         raise ValueError(
@@ -116,7 +100,7 @@ def load_train_data(
     def part(inputs: Tensor, labels: Tensor, size: int, **more: Any) -> Part:
         x = inputs.to(options["dtype"]) if inputs.is_floating_point() else inputs
         batches = ResidentBatches(x, labels, size, **options, **more)
-        return Part(_ChannelsLast(batches) if config.channels_last else batches, len(labels))
+        return Part(batches, len(labels))
 
     train = part(
         found.train_inputs,

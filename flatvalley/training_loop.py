@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flatvalley.checkpoints import Checkpoints, content, storage_errors
 from flatvalley.divergence import all_finite, careful_step
 from flatvalley.evaluation import evaluate, evaluating
+from flatvalley.models import prepare_model
 from flatvalley.process_group import sum_over_ranks
 from flatvalley.run import Row, Run
 from flatvalley.schedules import schedule
@@ -155,10 +156,9 @@ class Training:
             model = self._make_model().train().to(config.device)
             if config.precision == "float64":
                 model = model.double()
-            if config.channels_last:
-                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if self.world_size > 1 and config.device.startswith("cuda"):
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+            model = prepare_model(model, channels_last=config.channels_last, compile=config.compile)
             trainees.append(
                 Trainee(
                     text,

@@ -78,7 +78,12 @@ def train(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, float64, tf32 or bf16.")] = None,
     channels_last: Annotated[
-        bool | None, typer.Option(help="Lay images out with the channels last.")
+        bool | None,
+        typer.Option(help="Memory format of convolutions. Default: the faster one."),
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the model; the first step waits."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads on the CPU; 0 for what torch takes.")
@@ -123,6 +128,7 @@ def train(
         "log_every": log_every,
         "precision": precision,
         "channels_last": channels_last,
+        "compile": compile_,
         "threads": threads,
         "device": device,
         "snapshots": snapshots,
