@@ -78,54 +78,99 @@ def test_weights_that_are_not_selected_keep_no_activations():
     assert sizes[True] == sizes[False] > 0
 
 
-def sdpa_settings():
-    cuda = torch.backends.cuda
+def everything_set():
+    cuda, backends = torch.backends.cuda, torch.backends
     return (
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
+        torch.get_float32_matmul_precision(),
+        backends.cudnn.allow_tf32,
+        backends.cudnn.enabled,
+        backends.mkldnn.enabled,
     )
+
+
+class TwoThreads:
+    """Runs a call in two threads: the first stops inside until the second has come as far.
+
+    The first one then leaves first. Where the second has to wait outside, both go on alone.
+    """
+
+    def __init__(self):
+        self.reached = [threading.Event(), threading.Event()]
+        self.done = threading.Event()
+
+    def stop(self):
+        """Call this inside; in other threads, and for the second time, it does nothing."""
+        name = threading.current_thread().name
+        if name == "first" and not self.reached[0].is_set():
+            self.reached[0].set()
+            self.reached[1].wait(timeout=0.3)
+        elif name == "second" and not self.reached[1].is_set():
+            self.reached[1].set()
+            self.done.wait(timeout=0.3)
+
+    def run(self, first, second):
+        found = {}
+
+        def call(name, function):
+            if name == "second":
+                assert self.reached[0].wait(timeout=60)
+            found[name] = function()
+            if name == "first":
+                self.done.set()
+
+        calls = {"first": first, "second": second}
+        threads = [threading.Thread(target=call, args=one, name=one[0]) for one in calls.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        return found["first"], found["second"]
+
+
+def threaded_objective(threads, at, dtype):
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).to(dtype)
+    X, y = seeded(lambda: torch.randn(12, 4)).to(dtype), torch.arange(12) % 3
+
+    def criterion(output, target):
+        if at == "criterion":
+            threads.stop()
+        return nn.functional.cross_entropy(output, target)
+
+    def regularizer(parameters):
+        if at == "regularizer":
+            threads.stop()
+        return 1e-2 * parameters["0.bias"].sum() ** 2
+
+    return Objective(model, criterion, (X, y), regularizer=regularizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_threads_may_share_an_operator(dtype):
-    """Both are inside the loss at once, unless one of them waits for the other."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).to(dtype)
-    X, y = seeded(lambda: torch.randn(12, 4)).to(dtype), torch.arange(12) % 3
-    together = threading.Barrier(2)
-    meet = False
-
-    def criterion(output, target):
-        if meet:
-            try:
-                together.wait(timeout=0.2)  # the first to leave lets the second one go on
-            except threading.BrokenBarrierError:
-                together.reset()
-        return nn.functional.cross_entropy(output, target)
-
-    objective = Objective(
-        model, criterion, (X, y), regularizer=lambda p: 1e-2 * p["0.bias"].sum() ** 2
-    )
+@pytest.mark.parametrize("at", ["criterion", "regularizer"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("precision", ["full", "bfloat16"])
+def test_threads_get_their_products_and_leave_the_settings(shared, at, dtype, precision):
+    if precision == "bfloat16" and dtype == torch.float64:
+        pytest.skip("there are no such products")
+    threads = TwoThreads()
+    objective = threaded_objective(threads, at, dtype)
     v = torch.linspace(-1, 1, objective.size, dtype=dtype)
-    expected = hessian_operator(objective) @ v
-    before = sdpa_settings()
-    H = hessian_operator(objective)
-    other = hessian_operator(objective, memory_budget=0)
-    found = {}
-    meet = True
-    threads = [
-        threading.Thread(target=lambda i=i, A=A: found.update({i: A @ v}))
-        for i, A in enumerate([H, H, other, other])
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert sdpa_settings() == before
-    assert len(found) == 4
-    for product in found.values():
-        torch.testing.assert_close(product, expected)
+    full = hessian_operator(objective) @ v
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = everything_set()
+        H = hessian_operator(objective, precision=precision)
+        other = H if shared else hessian_operator(objective)
+        expected = hessian_operator(objective, precision=precision) @ v, full
+        found = threads.run(lambda: H @ v, lambda: other @ v)
+        assert everything_set() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[0 if shared else 1])
 
 
 def test_a_first_batch_without_samples_is_passed_over():
