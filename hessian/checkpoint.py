@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hessian.distributed import Ranks
 from hessian.lanczos import KrylovBasis, Remainder
 from hessian.missed_eigenvalues import Search
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hessian.thick_restart import State
 
 FORMAT = 1
+NEWEST, PREVIOUS = "checkpoint.json", "previous.json"
 SLACK = {torch.float64: 1e-9, torch.float32: 1e-3}
 """How far A q may be from what it was, of the size of A, for the same operator."""
 
@@ -35,24 +37,47 @@ class Checkpoint:
     is replaced in one step after they are on the disk: whenever the process dies, the folder
     holds a state that was.
 
+    Ranks that share a basis have a folder each inside of it, ``rank-0``, ``rank-1``, …. A rank may
+    die when others have written already, so every rank keeps the state before the last one until
+    all have written, and they go on from the newest that all of them hold.
+
     Args:
         folder: Where; made if needed.
         problem: What must be equal for the state to be of use.
         every: Products between two writes.
+        ranks: Those that the basis is spread over; they call every method together.
     """
 
     folder: Path
     problem: dict[str, Any]
     every: int
+    ranks: Ranks
     _written: int = 0
+    _saves: int = 0
     _generation: int = 0
     _compressions: int = 0
     _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._whole = self.folder
+        if self.ranks.size > 1:
+            self.folder = self._whole / f"rank-{self.ranks.rank}"
+            self.problem["ranks"] = self.ranks.size
 
     def save(self, basis: KrylovBasis, state: "State", *, at_once: bool = False) -> None:
         """Write the state, if enough products were made since the last time."""
         if state.products - self._written < self.every and not at_once:
             return
+        with self.ranks.in_step():
+            keep = self._write_all(basis, state)
+        # All ranks have written: none will go back to what was before.
+        for path in self.folder.iterdir():
+            ours = ("vectors-", "state-", "previous", ".partial-")
+            if path.name not in keep and path.name.startswith(ours):
+                path.unlink(missing_ok=True)
+
+    def _write_all(self, basis: KrylovBasis, state: "State") -> set[str]:
+        """Write the state, and return the names of the files that belong to it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if basis.compressions != self._compressions:
             self._compressions = basis.compressions
@@ -65,11 +90,13 @@ class Checkpoint:
             self._rows.append({"file": name, "rows": len(added), "sha256": digest})
         name = f"state-{state.products:06}.safetensors"
         digest = self._write(name, save(_tensors(basis)))
+        self._saves += 1
         text = json.dumps(
             {
                 "format": FORMAT,
                 "problem": dict(self.problem),
                 "products": state.products,
+                "saves": self._saves,
                 "vectors": self._rows,
                 "state": {"file": name, "sha256": digest},
                 "basis": {
@@ -85,12 +112,11 @@ class Checkpoint:
             },
             indent=1,
         )
-        self._write("checkpoint.json", text.encode())
+        if self.ranks.size > 1 and (self.folder / NEWEST).exists():
+            self._write(PREVIOUS, (self.folder / NEWEST).read_bytes())
+        self._write(NEWEST, text.encode())
         self._written = state.products
-        keep = {"checkpoint.json", name, *(entry["file"] for entry in self._rows)}
-        for path in self.folder.iterdir():
-            if path.name not in keep and path.name.startswith(("vectors-", "state-", ".partial-")):
-                path.unlink(missing_ok=True)
+        return {NEWEST, name, *(entry["file"] for entry in self._rows)}
 
     def resume(self, basis: KrylovBasis, state: "State") -> bool:
         """Bring a fresh basis and state to what the folder holds; False if it holds nothing.
@@ -100,10 +126,13 @@ class Checkpoint:
         Raises:
             ValueError: If the folder holds another problem, or a file in it is damaged.
         """
-        record = self._record()
+        record = self._common_record()
         if record is None:
             return False
-        self._restore(record, basis, state)
+        with self.ranks.in_step():
+            self._restore(record, basis, state)
+            if (self.folder / PREVIOUS).exists():  # others have nothing newer than this one
+                self._write(NEWEST, json.dumps(record, indent=1).encode())
         self._require_same_operator(basis)
         return True
 
@@ -113,16 +142,48 @@ class Checkpoint:
         Raises:
             ValueError: If the folder holds another problem, or is damaged.
         """
-        record = self._record()
-        return None if record is None else record["problem"].get("max_basis")
+        with self.ranks.in_step():
+            records = self._records()
+        size = records[0]["problem"].get("max_basis") if records else None
+        largest = int(self.ranks.gather([-1.0 if size is None else float(size)]).max())
+        return None if largest < 0 else largest
 
-    def _record(self) -> dict[str, Any] | None:
-        """Read what belongs together and hold it against the problem; None for an empty folder."""
-        path = self.folder / "checkpoint.json"
-        if not path.exists():
-            if self.folder.exists() and not self.folder.is_dir():
-                raise ValueError(f"`checkpoint` must be a folder, got the file {self.folder}.")
-            return None
+    def _common_record(self) -> dict[str, Any] | None:
+        """Return the newest record that all ranks hold, None if there is none."""
+        with self.ranks.in_step():
+            records = self._records()
+        newest = [float(record["products"]) for record in records]
+        table = self.ranks.gather([*newest, -1.0, -1.0][:2])
+        saves = self.ranks.gather([float(records[0].get("saves", 1)) if records else 0.0])
+        everywhere = [n for n in newest if bool((table == n).any(dim=1).all())]
+        if everywhere:
+            return records[newest.index(max(everywhere))]
+        if float(saves.max()) > 1:
+            raise ValueError(
+                f"`checkpoint` must hold the states of all {self.ranks.size} ranks, but those in "
+                f"{self._whole} do not fit together. Give every rank the same folder, or remove "
+                "it to begin anew."
+            )
+        return None  # nothing was written, or a rank died in the first write
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Read what this rank has written, newest first, and hold it against the problem."""
+        if self._whole.exists() and not self._whole.is_dir():
+            raise ValueError(f"`checkpoint` must be a folder, got the file {self._whole}.")
+        others = [self._whole] if self.ranks.size > 1 else sorted(self._whole.glob("rank-*"))
+        for other in others:
+            if (other / NEWEST).exists():
+                found = "one process" if self.ranks.size > 1 else f"{len(others)} ranks"
+                raise ValueError(
+                    f"`checkpoint` must be of as many ranks as there are now, {self.ranks.size}, "
+                    f"but {self._whole} was written by {found}. Use another folder, or remove it."
+                )
+        paths = [self.folder / name for name in (NEWEST, PREVIOUS)]
+        records = [self._record(path) for path in paths if path.exists()]
+        return sorted(records, key=lambda record: -int(record["products"]))
+
+    def _record(self, path: Path) -> dict[str, Any]:
+        """Read what belongs together and hold it against the problem."""
         try:
             record: dict[str, Any] = json.loads(path.read_bytes())
             theirs, form = record["problem"], record["format"]
@@ -164,6 +225,7 @@ class Checkpoint:
         for key, value in record["iteration"].items():
             setattr(state, key, Search(**value) if key == "search" and value else value)
         self._rows, self._written = record["vectors"], record["products"]
+        self._saves = record.get("saves", 1)
         self._generation, self._compressions = about["generation"], about["compressions"]
 
     def _require_same_operator(self, basis: KrylovBasis) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessian.checkpoint import Checkpoint, fingerprint
+from hessian.distributed import Ranks
 from hessian.errors import ConvergenceWarning
 from hessian.exact_refinement import ExactRefinement
 from hessian.lanczos import Shards
@@ -94,7 +95,8 @@ def leading_eigenspace(
             on after an exhausted budget, where no product is repeated, and ``measure`` may be
             passed later to certify what was found. The folder stays after success, so that a
             repeated call costs little; remove it once the result is safe. It takes as much disk
-            as the basis takes memory.
+            as the basis takes memory. With ``shards``, every rank keeps its rows in a folder of
+            its own inside, and as many ranks must go on; products with ``exact`` are not kept.
         checkpoint_every: Products between two writes.
         progress: True for a bar, or a function of a ``Step``; see ``hessian.progress``.
         shards: Rows of the basis spread over ranks, see ``hessian.distributed``; every rank
@@ -167,11 +169,6 @@ def leading_eigenspace(
         return power_iteration(operator, k=k, tol=tol, max_products=max_products, seed=seed)
     if backend != "lanczos":
         raise ValueError(f'`backend` must be "lanczos" or "pyhessian", got "{backend}".')
-    if checkpoint is not None and shards is not None:
-        raise ValueError(
-            "`checkpoint` must be left out with `shards`: ranks that die at different products "
-            "leave states that do not fit together."
-        )
     if exact is not None:
         _require_alike(exact, operator, measure)
     direction = None if start is None else _direction(start, operator)
@@ -187,7 +184,8 @@ def leading_eigenspace(
             "seed": seed,
             "start": fingerprint(direction),
         }
-        folder = Checkpoint(Path(checkpoint), problem, checkpoint_every)
+        ranks = Ranks(None if shards is None else shards.group, operator.device)
+        folder = Checkpoint(Path(checkpoint), problem, checkpoint_every, ranks)
         max_basis = folder.recorded_basis() if max_basis is None else max_basis
     basis = basis_size(
         max_basis,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
+from torch import distributed as dist
 
 from hessian.operators import Operator
 from hessian.vector_rows import VectorRows, aligned, dot
@@ -26,6 +27,8 @@ Parlett's *twice is enough* repeats at 1. A pass here finds little more than rou
 @runtime_checkable
 class Shards(Protocol):
     """Rows of long vectors, spread over the ranks of a process group."""
+
+    group: dist.ProcessGroup
 
     def local(self, v: Tensor) -> Tensor:
         """Return this rank's rows of a full tensor."""

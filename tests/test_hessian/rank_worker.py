@@ -5,7 +5,9 @@
 """
 
 import copy
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from hessian import (
     Objective,
     Operator,
+    RankError,
     RowShards,
     eigensolvers,
     gauss_newton_operator,
@@ -31,6 +34,7 @@ from hessian import (
     trace,
     unsharded,
 )
+from hessian.checkpoint import Checkpoint
 from hessian.lanczos import KrylovBasis
 from tests.cases import Tagger, cases, digits_network, seeded
 
@@ -260,6 +264,124 @@ def rows(group: Group) -> dict[str, Tensor]:
     return {name: shards[name].full(part) for name, part in parts.items()}
 
 
+class PlannedError(Exception):
+    """Ends a run in the middle."""
+
+
+def spread(n: int = 60) -> Tensor:
+    """A matrix that takes a basis of fourteen vectors through several restarts."""
+    Q = seeded(lambda: torch.linalg.qr(torch.randn(n, n)).Q)
+    return (Q * torch.linspace(-1, 1, n, dtype=torch.float64) ** 3) @ Q.T
+
+
+def mortal(A: Tensor, fatal: int) -> tuple[Operator, list[int]]:
+    """The operator of A, whose product number ``fatal`` is the end; and the products so far."""
+    made: list[int] = []
+
+    def product(v: Tensor) -> Tensor:
+        made.append(1)
+        if len(made) == fatal:
+            raise PlannedError
+        return A @ v
+
+    return Operator(product, len(A), A.dtype, A.device), made
+
+
+def resumed(group: Group) -> dict[str, Tensor]:
+    """Runs that end at any product, or in any write of any rank, go on to the same bits."""
+    A, options = spread(), {"k": 4, "tol": 1e-8, "max_basis": 14, "checkpoint_every": 3}
+    shards = group and RowShards(len(A), group)
+    whole = leading_eigenspace(mortal(A, -1)[0], shards=shards, **options)
+    out = {"values": whole.values, "vectors": whole.vectors.T.contiguous()}
+    if group is None:
+        return out
+    folders: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    base, rank = Path(folders[0]), dist.get_rank()
+
+    def run(name: str, fatal: int = -1) -> tuple[Any, int]:
+        operator, made = mortal(A, fatal)
+        try:
+            space = leading_eigenspace(operator, shards=shards, checkpoint=base / name, **options)
+        except (PlannedError, RankError):
+            return None, len(made)
+        return space, len(made)
+
+    def require_same(space: Any) -> None:
+        assert torch.equal(space.vectors, whole.vectors)
+        assert torch.equal(space.residuals, whole.residuals)
+        assert space.num_products == whole.num_products
+
+    for fatal in range(2, whole.num_products, 7):
+        space, _ = run(f"product {fatal}", fatal)
+        assert space is None
+        space, made = run(f"product {fatal}")
+        require_same(space)
+        # Again: what came after the last write, the measuring, and the product that compares.
+        assert made <= whole.num_products - fatal + 1 + (3 + 4) + 1
+    write = Checkpoint._write
+    for dying, fatal, again in [(0, 1, 2), (0, 2, 3), (1, 3, 1), (0, 6, 4), (1, 9, 4), (1, 17, 3)]:
+        for end in (fatal, again):  # killed once more soon after it went on
+            left = [end]
+
+            def dies(
+                self: Checkpoint,
+                name: str,
+                data: bytes,
+                left: list[int] = left,
+                here: bool = rank == dying,
+            ) -> str:
+                left[0] -= 1
+                if here and left[0] == 0:
+                    raise PlannedError
+                return write(self, name, data)
+
+            with mock.patch.object(Checkpoint, "_write", dies):
+                space, _ = run(f"write {dying} {fatal}")
+            assert space is None
+        require_same(run(f"write {dying} {fatal}")[0])
+        assert not list((base / f"write {dying} {fatal}").rglob("previous.json"))
+    operator = mortal(A, -1)[0]
+    texts = []
+    for name, call in {
+        "without ranks": lambda: leading_eigenspace(
+            operator, checkpoint=base / "product 2", **options
+        ),
+        "lost": lambda: run("product 2"),
+        "of one": lambda: run("alone"),
+    }.items():
+        if name == "lost" and rank == 1:
+            shutil.rmtree(base / "product 2" / "rank-1")
+        if name == "of one" and rank == 0:
+            leading_eigenspace(operator, checkpoint=base / "alone", **options)
+        dist.barrier()
+        try:
+            call()
+        except ValueError as error:
+            texts.append(str(error))
+    assert len(texts) == 3, texts
+    assert "of as many ranks as there are now, 1, but" in texts[0]
+    assert "was written by 2 ranks. Use another folder" in texts[0]
+    assert "must hold the states of all 2 ranks" in texts[1]
+    assert "was written by one process" in texts[2]
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(base)
+    return out
+
+
+def certified(group: Group) -> dict[str, Tensor]:
+    """Pairs of a nearby matrix, made exact with vectors that are spread over the ranks."""
+    A = spread()
+    E = seeded(lambda: torch.randn(A.shape), 5)
+    shards = group and RowShards(len(A), group)
+    fast, exact = mortal(A + 1e-4 * (E + E.T), -1)[0], mortal(A, -1)[0]
+    space = leading_eigenspace(fast, k=4, tol=1e-9, exact=exact, shards=shards)
+    assert space.converged
+    counts = torch.tensor([space.num_products, space.num_exact])
+    return {"values": space.values, "projector": space.vectors @ space.vectors.T, "counts": counts}
+
+
 def few_batches(group: Group) -> dict[str, Tensor]:
     """Two batches: a third rank has nothing to do but to add zeros."""
     case = cases()["tanh MLP"]
@@ -373,6 +495,8 @@ SCENARIOS: dict[str, Callable[[Group], dict[str, Tensor]]] = {
     "sharded": sharded,
     "short of memory": short_of_memory,
     "rows": rows,
+    "resumed": resumed,
+    "certified": certified,
     "few batches": few_batches,
     "refusals": refusals,
     "ragged on cuda": lambda group: ragged(group, torch.float64, "cuda"),

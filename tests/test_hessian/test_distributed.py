@@ -24,6 +24,8 @@ SAME_ON_TWO = [
     "sharded",
     "short of memory",
     "rows",
+    "resumed",
+    "certified",
 ]
 
 
