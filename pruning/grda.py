@@ -1,16 +1,18 @@
 """The gRDA optimizer: SGD on a dual vector, whose soft-thresholded copy the network uses."""
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hessian.errors import NonFiniteError
 from pruning.grda_checks import check_options, check_parameters, check_state, check_target
-from pruning.grda_fused import compiled_kernels, step_fused
+from pruning.grda_fused import FusedStep, compiled_kernels
 from pruning.grda_numbers import Group, grow, grow_on_device, place
 from pruning.grda_steering import Steering
 from pruning.grda_step import local, local_gradient, step_on_device, step_one_by_one, step_together
@@ -119,6 +121,7 @@ class GRDA(Optimizer):
     ) -> None:
         check_target(c, target_sparsity, horizon)
         self._steering = Steering()
+        self._fused_steps: defaultdict[int, FusedStep] = defaultdict(FusedStep)
         defaults = {
             "lr": lr,
             "c": c,
@@ -205,20 +208,17 @@ class GRDA(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepped = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
-        if any(p.grad.is_sparse for params in stepped for p in params):
-            raise RuntimeError(
-                "GRDA needs dense gradients, got a sparse one. Build the embedding with "
-                "`sparse=False`."
-            )
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if not capturing:
-            self._steer_in_time()
-        for group, params in zip(self.param_groups, stepped, strict=True):
+        # All groups first, so that a refusal leaves every weight where it was.
+        tensors = [self._tensors(group) for group in self.param_groups]
+        steered = self._steered()
+        capturing = steered and steered[0]["capturable"] and _is_capturing()
+        if steered and not capturing:
+            self._steer_in_time(steered)
+        for i, (params, duals, grads) in enumerate(tensors):
             if params:
-                self._step_group(group, params)
-        if not capturing:
-            self._judge()
+                self._step_group(i, params, duals, grads)
+        if steered and not capturing:
+            self._judge(steered)
         return loss
 
     def sparsity(self) -> float:
@@ -288,6 +288,7 @@ class GRDA(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._steering = Steering()
+        self._fused_steps = defaultdict(FusedStep)
         self._offer_scaling()
 
     def _offer_scaling(self) -> None:
@@ -295,13 +296,35 @@ class GRDA(Optimizer):
         # the host asking. Otherwise the scaler asks, and leaves out the whole step.
         self._step_supports_amp_scaling = all(g["capturable"] for g in self.param_groups)
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        for p in params:
-            if "dual" not in self.state[p]:
-                self.state[p]["dual"] = p.detach().clone()
-        duals = [local(self.state[p]["dual"]) for p in params]
-        grads = [local_gradient(p, p.grad) for p in params if p.grad is not None]
-        params = [local(p) for p in params]
+    def _tensors(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return parameters with gradients, their duals and gradients, as far as this rank's."""
+        params: list[Tensor] = []
+        duals: list[Tensor] = []
+        grads: list[Tensor] = []
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    "GRDA needs dense gradients, got a sparse one. Build the embedding with "
+                    "`sparse=False`."
+                )
+            state = self.state[p]
+            if "dual" not in state:
+                state["dual"] = p.detach().clone()
+            dual = state["dual"]
+            if isinstance(p, DTensor):
+                p, dual, grad = local(p), local(dual), local_gradient(p, grad)
+            params.append(p)
+            duals.append(dual)
+            grads.append(grad)
+        return params, duals, grads
+
+    def _step_group(
+        self, i: int, params: list[Tensor], duals: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        group = self.param_groups[i]
         if group["capturable"]:
             found_inf = getattr(self, "found_inf", None)
             grow_on_device(group, found_inf)
@@ -312,7 +335,7 @@ class GRDA(Optimizer):
         grow(group)
         numbers = float(group["lr"]), group["threshold"]
         if group["fused"]:
-            params, duals, grads = step_fused(params, duals, grads, *numbers)
+            params, duals, grads = self._fused_steps[i](params, duals, grads, *numbers)
         if params:
             step = step_one_by_one if group["foreach"] is False else step_together
             step(params, duals, grads, *numbers)
@@ -335,10 +358,7 @@ class GRDA(Optimizer):
     def _steered(self) -> list[Group]:
         return [g for g in self.param_groups if g["target_sparsity"] is not None]
 
-    def _steer_in_time(self) -> None:
-        groups = self._steered()
-        if not groups:
-            return
+    def _steer_in_time(self, groups: list[Group]) -> None:
         calls = groups[0]["calls"]
         if calls % interval(groups[0]["horizon"]) == 0:
             self.steer()
@@ -347,10 +367,9 @@ class GRDA(Optimizer):
         for g in groups:
             g["calls"] += 1
 
-    def _judge(self) -> None:
+    def _judge(self, groups: list[Group]) -> None:
         """Warn at the horizon if the target was missed."""
-        groups = self._steered()
-        if not groups or groups[0]["calls"] != groups[0]["horizon"]:
+        if groups[0]["calls"] != groups[0]["horizon"]:
             return
         target, found = groups[0]["target_sparsity"], self.sparsity()
         if abs(found - target) > TOLERANCE:
@@ -366,3 +385,7 @@ class GRDA(Optimizer):
                 SparsityWarning,
                 stacklevel=4,
             )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

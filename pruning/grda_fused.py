@@ -8,10 +8,13 @@ import subprocess
 import tempfile
 from array import array
 from collections.abc import Callable
+from operator import attrgetter, is_
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 SOURCE = Path(__file__).with_suffix(".c")
 STREAM_BYTES = 16 << 20
@@ -22,19 +25,79 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 _NAMES = {torch.float32: "grda_float", torch.float64: "grda_double"}
+_DTYPE = attrgetter("dtype")
+_Numbers: TypeAlias = "array[int]"
 _Kernel = Callable[..., None]
 _Three = tuple[Tensor, Tensor, Tensor]
 
 
+class FusedStep:
+    """The step for one list of tensors, of which it remembers which the kernel can walk."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[list[Tensor], list[Tensor], _Numbers, _Numbers] | None = None
+        self._sizes = array("q")
+        self._dtype: torch.dtype | None = None
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        duals: list[Tensor],
+        grads: list[Tensor],
+        lr: float,
+        threshold: float,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Make the step where tensors fit the kernel, in place; return those that do not."""
+        # No loop in Python over the tensors in the usual case: they may be many and small.
+        pointers = [array("Q", map(Tensor.data_ptr, ts)) for ts in (params, duals, grads)]
+        self._remember(params, duals, pointers[0], pointers[1])
+        plain = all(map(Tensor.is_contiguous, grads)) and {self._dtype} == set(map(_DTYPE, grads))
+        if self._dtype is not None and plain:
+            _run(self._dtype, self._sizes, pointers, lr, threshold)
+            increment_version([*params, *duals])
+            return [], [], []
+        others: list[_Three] = []
+        for three in zip(params, duals, grads, strict=True):
+            if fits_kernel(*three):
+                each = [array("Q", [t.data_ptr()]) for t in three]
+                _run(three[0].dtype, array("q", [three[0].numel()]), each, lr, threshold)
+                increment_version(three[:2])
+            else:
+                others.append(three)
+        return [p for p, _, _ in others], [v for _, v, _ in others], [grad for _, _, grad in others]
+
+    def _remember(
+        self, params: list[Tensor], duals: list[Tensor], ps: _Numbers, vs: _Numbers
+    ) -> None:
+        """Look at parameters and duals again, unless they are as they were in the last step."""
+        if self._seen is not None:
+            old_params, old_duals, old_ps, old_vs = self._seen
+            if (
+                ps == old_ps
+                and vs == old_vs
+                and all(map(is_, params, old_params))
+                and all(map(is_, duals, old_duals))
+            ):
+                return
+        self._seen = params, duals, ps, vs
+        self._sizes = array("q", map(Tensor.numel, params))
+        self._dtype = params[0].dtype if all(map(fits_kernel, params, duals, duals)) else None
+        if not all(p.is_contiguous() and p.dtype == self._dtype for p in params):
+            self._dtype = None
+
+
 def fits_kernel(p: Tensor, v: Tensor, grad: Tensor) -> bool:
     """Return whether the kernel may walk these three in the order of their memory."""
-    if p.device.type != "cpu" or p.dtype not in _NAMES:
-        return False
-    if not p.dtype == v.dtype == grad.dtype:
-        return False
-    if p.is_contiguous() and v.is_contiguous() and grad.is_contiguous():
-        return True
-    return p.stride() == v.stride() == grad.stride() and _dense(p)
+    same = p.stride() == v.stride() == grad.stride() and _dense(p)
+    contiguous = p.is_contiguous() and v.is_contiguous() and grad.is_contiguous()
+    return (
+        p.is_cpu
+        and v.is_cpu
+        and grad.is_cpu
+        and p.dtype in _NAMES
+        and p.dtype == v.dtype == grad.dtype
+        and (contiguous or same)
+    )
 
 
 def _dense(t: Tensor) -> bool:
@@ -47,40 +110,19 @@ def _dense(t: Tensor) -> bool:
     return True
 
 
-def step_fused(
-    params: list[Tensor],
-    duals: list[Tensor],
-    grads: list[Tensor],
-    lr: float,
-    threshold: float,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Make the step for the tensors that fit the kernel, in place; return the others."""
-    fitting: dict[torch.dtype, list[_Three]] = {}
-    others: list[_Three] = []
-    for three in zip(params, duals, grads, strict=True):
-        p = three[0]
-        (fitting.setdefault(p.dtype, []) if fits_kernel(*three) else others).append(three)
-    for dtype, threes in fitting.items():
-        _run(compiled_kernels()[dtype], threes, lr, threshold)
-    return [p for p, _, _ in others], [v for _, v, _ in others], [grad for _, _, grad in others]
-
-
-def _run(kernel: _Kernel, threes: list[_Three], lr: float, threshold: float) -> None:
-    params, duals, grads = zip(*threes, strict=True)
-    sizes = array("q", [p.numel() for p in params])
+def _run(
+    dtype: torch.dtype, sizes: _Numbers, pointers: list[_Numbers], lr: float, threshold: float
+) -> None:
     total = sum(sizes)
-    columns = [array("Q", [t.data_ptr() for t in ts]) for ts in (params, duals, grads)]
-    kernel(
+    compiled_kernels()[dtype](
         len(sizes),
         sizes.buffer_info()[0],
-        *(column.buffer_info()[0] for column in columns),
+        *(column.buffer_info()[0] for column in pointers),
         lr,
         threshold,
-        total * params[0].element_size() >= STREAM_BYTES,
+        total * dtype.itemsize >= STREAM_BYTES,
         max(1, min(torch.get_num_threads(), total // THREAD_ELEMENTS)),
     )
-    # As torch does after each of its own writes: a graph that saved the old weights must notice.
-    torch.autograd.graph.increment_version([*params, *duals])
 
 
 @functools.cache

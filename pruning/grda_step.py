@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import softshrink
 
 FEW = 1 << 16
 """Elements of a tensor below which, on CUDA, a launch costs more than five passes over it."""
@@ -92,7 +93,7 @@ def _threshold(params: list[Tensor], duals: list[Tensor], threshold: float) -> N
         # In half precision softshrink rounds g differently from the multi-tensor calls.
         full = p.dtype in (torch.float32, torch.float64)
         if full and (not p.is_cuda or p.numel() > FEW):
-            torch.ops.aten.softshrink.out(v, threshold, out=p)
+            softshrink(v, threshold, out=p)  # type: ignore[call-arg]
         else:
             together[0].append(p)
             together[1].append(v)
