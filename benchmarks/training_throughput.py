@@ -5,10 +5,9 @@ crops, mirrors, converts and normalises it, one by one, and a shuffling DataLoad
 `ResidentBatches` with the same recipe for the whole batch, and `prepare_model`. Both train the
 same network with batches of 128 and torch's SGD.
 
-The first table counts CPU time, of loading processes too, with one thread of torch; it says what
-the work costs, whatever else the machine does. The second is wall time with a thread on each
-core, all in turn; on a busy machine only its order of size means something. Peak memory is of a
-process of its own, with the data.
+CPU time counts the loading processes too and says what the work costs, whatever else the machine
+does. Wall time lets them work at the same time; on a busy machine only its order of size means
+something. Peak memory is of a process of its own, with the data.
 """
 
 import argparse
@@ -153,27 +152,27 @@ def measure(problem: Problem, names: list[str], repeats: int) -> list[str]:
     """Return the lines of one problem."""
     images, labels = load(problem)
     trainers = {name: trainer(problem, name, images, labels) for name in names}
-    spent: dict[tuple[str, int], list[float]] = {}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    wall: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, float] = {}
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for repeat in range(repeats + 1):
-            for name, train in trainers.items():
-                before = seconds()
-                losses[name] = train()
-                cpu, wall = (b - a for a, b in zip(before, seconds(), strict=True))
-                say(f"{name}, {threads} thread(s): {cpu:.2f} s of CPU, {wall:.2f} s")
-                if repeat:  # the first pass warms up
-                    spent.setdefault((name, threads), []).append(cpu if threads == 1 else wall)
+    for repeat in range(repeats + 1):
+        for name, train in trainers.items():
+            before = seconds()
+            losses[name] = train()
+            spent = [b - a for a, b in zip(before, seconds(), strict=True)]
+            say(f"{name}: {spent[0]:.2f} s of CPU, {spent[1]:.2f} s")
+            if repeat:  # the first pass warms up
+                cpu[name].append(spent[0])
+                wall[name].append(spent[1])
     lines = []
-    for threads, title in ((1, "CPU time, one thread"), (2, "wall time, two threads")):
+    for title, found in (("CPU time", cpu), ("wall time", wall)):
         lines += [
             "",
             f"  {title:36}{'ms an image':>12}{'images/s':>10}{'':4}vs the best plain loop",
         ]
-        found = {name: statistics.median(spent[name, threads]) / problem.samples for name in names}
-        best = min(found[name] for name in names if name in PLAIN)
-        for name, value in found.items():
+        each = {name: statistics.median(found[name]) / problem.samples for name in names}
+        best = min(each[name] for name in names if name in PLAIN)
+        for name, value in each.items():
             lines.append(f"  {name:36}{1e3 * value:12.3f}{1 / value:10.0f}{best / value:8.2f}x")
     lines += ["", "  Mean loss of the last pass, and peak memory of the process:"]
     for name in names:
@@ -207,10 +206,12 @@ def main() -> None:
     """Print and keep the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "LOOP"))
     options = parser.parse_args()
     if options.peak:
         return print_peak(*options.peak)
+    torch.set_num_threads(options.threads)
     lines = [f"Batches of {BATCH}; medians of {options.repeats} passes, all loops in turn."]
     for title, problem in PROBLEMS.items():
         lines += ["", f"{title}, {problem.samples} images a pass"]

@@ -23,6 +23,80 @@ class Augmentation(Protocol):
         ...
 
 
+class EpochOrder:
+    """Which samples each step sees, by the seed and the number of the step alone.
+
+    Steps count on through the epochs: epoch e begins at step ``e * len(self)``. Each epoch has a
+    permutation of its own.
+
+    Args:
+        num_samples: Samples of an epoch.
+        batch_size: Samples of a batch over all ranks.
+        seed: Seed of the permutations, and of the generators of the steps.
+        shuffle: Whether each epoch has an order of its own; else all have the given one.
+        drop_last: Whether to leave out the last batch of an epoch where it is smaller.
+        rank: Number of this process.
+        world_size: Number of processes.
+        device: Where the numbers of the samples are returned.
+
+    Raises:
+        ValueError: If there are fewer samples than one, or than a batch where the last one is
+            dropped; if a batch cannot be shared evenly by the ranks; if ``rank`` or ``seed``
+            cannot be.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check(num_samples, batch_size, seed, drop_last, rank, world_size)
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.rank, self.world_size = rank, world_size
+        self._epoch, self._order = -1, torch.arange(num_samples, device=device)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def samples(self, step: int) -> Tensor:
+        """Return the numbers of the samples of a step, those of all ranks.
+
+        A step of another epoch than the call before costs a permutation of all samples.
+
+        Raises:
+            ValueError: If ``step`` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"`step` must be at least 0, got {step}.")
+        epoch, place = divmod(step, len(self))
+        if self.shuffle and epoch != self._epoch:
+            order = torch.randperm(self.num_samples, generator=self._generator(_ORDER, epoch))
+            self._epoch, self._order = epoch, order.to(self._order.device)
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def mine(self, batch: Tensor) -> Tensor:
+        """Return this rank's part of what belongs to the samples of a batch."""
+        return batch[self.rank :: self.world_size]
+
+    def generator(self, step: int) -> torch.Generator:
+        """Return the generator, on the CPU, of what is random in a step."""
+        return self._generator(_CHANGES, step)
+
+    def _generator(self, stream: int, number: int) -> torch.Generator:
+        mixed = np.random.SeedSequence((self.seed, stream, number)).generate_state(1)
+        return torch.Generator().manual_seed(int(mixed[0]))
+
+
 class ResidentBatches:
     """Mini-batches of data held in memory, each known by its step alone.
 
@@ -83,61 +157,55 @@ class ResidentBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check(inputs, labels, batch_size, seed, drop_last, rank, world_size)
+        if len(inputs) != len(labels):
+            raise ValueError(
+                f"`inputs` and `labels` must be as many, got {len(inputs)} and {len(labels)}."
+            )
         device = inputs.device if device is None else torch.device(device)
+        self.order = EpochOrder(
+            len(labels),
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
         self.inputs, self.labels = inputs.to(device), labels.to(device)
-        self.batch_size, self.seed, self.augment = batch_size, seed, augment
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.rank, self.world_size = rank, world_size
+        self.augment = augment
         self._dtype = dtype
-        self._affine = _affine(self.inputs, normalise, dtype)
-        self._epoch, self._order = -1, torch.arange(len(labels), device=device)
+        self._affine = affine(self.inputs, normalise, dtype)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        whole, rest = divmod(len(self.labels), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return len(self.order)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of the batch of a step, this rank's part.
 
-        Steps count on through the epochs: epoch e begins at step ``e * len(self)``. A step of
-        another epoch than the call before costs a permutation of all samples. Nothing waits for
-        the device.
+        Steps count on through the epochs: epoch e begins at step ``e * len(self)``. Nothing waits
+        for the device, but where an epoch begins.
 
         Raises:
             ValueError: If ``step`` is negative.
         """
-        if step < 0:
-            raise ValueError(f"`step` must be at least 0, got {step}.")
-        epoch, place = divmod(step, len(self))
-        if self.shuffle and epoch != self._epoch:
-            self._epoch, self._order = epoch, self._permutation(epoch)
-        chosen = self._order[place * self.batch_size : (place + 1) * self.batch_size]
-        mine = chosen[self.rank :: self.world_size]
+        chosen = self.order.samples(step)
+        mine = self.order.mine(chosen)
         x = self.inputs.index_select(0, mine)
         if self.augment is not None:
-            draws = self.augment.draw(len(chosen), self._generator(_CHANGES, step))
-            x = self.augment.apply(x, draws[self.rank :: self.world_size])
+            draws = self.augment.draw(len(chosen), self.order.generator(step))
+            x = self.augment.apply(x, self.order.mine(draws))
         if self._affine is not None:
             scale, shift = self._affine
             x = (x.to(self._dtype) * scale).add_(shift)
         return x, self.labels.index_select(0, mine)
 
-    def _permutation(self, epoch: int) -> Tensor:
-        order = torch.randperm(len(self.labels), generator=self._generator(_ORDER, epoch))
-        return order.to(self.labels.device)
 
-    def _generator(self, stream: int, number: int) -> torch.Generator:
-        """Return a generator of its own for every epoch and every step."""
-        mixed = np.random.SeedSequence((self.seed, stream, number)).generate_state(1)
-        return torch.Generator().manual_seed(int(mixed[0]))
-
-
-def _affine(
+def affine(
     inputs: Tensor, normalise: tuple[Sequence[float], Sequence[float]] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift that normalise a batch, or nothing where there is nothing to do."""
+    """Return scale and shift that normalise batches of ``inputs``; None where nothing is to do."""
     unit = 255.0 if inputs.dtype == torch.uint8 else 1.0
     if normalise is None and unit == 1.0:
         return None
@@ -161,29 +229,20 @@ def _affine(
 
 
 def _check(
-    inputs: Tensor,
-    labels: Tensor,
-    batch_size: int,
-    seed: int,
-    drop_last: bool,
-    rank: int,
-    world_size: int,
+    num_samples: int, batch_size: int, seed: int, drop_last: bool, rank: int, world_size: int
 ) -> None:
-    if len(inputs) != len(labels) or len(labels) == 0:
-        raise ValueError(
-            f"`inputs` and `labels` must be one or more and as many, got {len(inputs)} and "
-            f"{len(labels)}."
-        )
-    if batch_size < 1 or (drop_last and batch_size > len(labels)):
+    if num_samples < 1:
+        raise ValueError(f"There must be at least one sample, got {num_samples}.")
+    if batch_size < 1 or (drop_last and batch_size > num_samples):
         raise ValueError(
             "`batch_size` must be at least 1, and at most the number of samples where the last "
-            f"batch is dropped, got {batch_size} for {len(labels)} samples."
+            f"batch is dropped, got {batch_size} for {num_samples} samples."
         )
     if seed < 0:
         raise ValueError(f"`seed` must be at least 0, got {seed}.")
     if not 0 <= rank < world_size:
         raise ValueError(f"`rank` must be from 0 to {world_size - 1}, got {rank}.")
-    last = 0 if drop_last else len(labels) % batch_size
+    last = 0 if drop_last else num_samples % batch_size
     if batch_size % world_size or last % world_size:
         raise ValueError(
             f"`batch_size` must share evenly among {world_size} ranks, in the last batch of "

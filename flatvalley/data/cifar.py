@@ -1,6 +1,5 @@
 """CIFAR-10, from the original pickles for Python or from the Parquet files of the hub."""
 
-import importlib
 import io
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatvalley.data.dataset import Bytes, Dataset, finish
-from flatvalley.data.files import class_labels, missing
+from flatvalley.data.files import class_labels, missing, optional
 from flatvalley.data.pickles import read_plain_pickle
 from hessian import DamagedFileError
 
@@ -75,8 +74,8 @@ def _text(key: Any) -> Any:
 
 def _read_parquet(path: Path) -> tuple[Bytes, npt.NDArray[np.int64]]:
     """Read images [n, 3, 32, 32] and labels from the layout of the Hugging Face hub."""
-    parquet = _optional("pyarrow.parquet", "pyarrow")
-    decode = _optional("PIL.Image", "Pillow").open
+    parquet = optional("pyarrow.parquet", "pyarrow")
+    decode = optional("PIL.Image", "Pillow").open
     try:
         table = parquet.read_table(path, columns=["img", "label"])
         labels = np.asarray(table["label"].to_numpy(), dtype=np.int64)
@@ -90,13 +89,3 @@ def _read_parquet(path: Path) -> tuple[Bytes, npt.NDArray[np.int64]]:
             f"pixels ({type(error).__name__}: {error}). Get the file again."
         ) from error
     return images.transpose(0, 3, 1, 2), labels
-
-
-def _optional(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"CIFAR-10 is read with {package}, which is not installed. Run "
-            "`pip install 'flatvalley[data]'`."
-        ) from error

@@ -29,8 +29,8 @@ class Dataset:
 
 def finish(images: Bytes, normalisation: Normalisation, dtype: torch.dtype) -> Tensor:
     """Bytes [n, c, ...] as they are if bytes are wanted, else with mean 0 and deviation 1."""
-    # A copy, because torch takes no read-only arrays.
-    found = torch.from_numpy(np.array(images, order="C"))
+    # A copy where the array is read-only, as torch takes none of those.
+    found = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     if dtype == torch.uint8:
         return found
     shape = [-1] + [1] * (found.ndim - 2)

@@ -1,5 +1,6 @@
 """What readers of data files share."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,14 @@ def class_labels(labels: npt.NDArray[np.integer[Any]], folder: Path) -> Tensor:
             f"{sorted(set(labels.tolist()))}. Get the files again."
         )
     return torch.from_numpy(labels.astype(np.int64))
+
+
+def optional(module: str, package: str) -> Any:
+    """Return a module of a package that only some data sets need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"These images are read with {package}, which is not installed. Run "
+            "`pip install 'flatvalley[data]'`."
+        ) from error

@@ -121,6 +121,7 @@ def test_the_global_random_state_stays_as_it_is():
     ("changes", "message"),
     [
         ({"labels": torch.arange(3)}, "as many, got 23 and 3"),
+        ({"inputs": torch.zeros(0), "labels": torch.zeros(0)}, "at least one sample, got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"batch_size": 24, "drop_last": True}, "got 24 for 23 samples"),
         ({"seed": -1}, "`seed` must be at least 0, got -1"),
