@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from importlib import import_module
+from time import monotonic
 from typing import Any
 
 from flatvalley.checkpoints import storage_errors
 from flatvalley.run import Row, Run
 
+WRITE_SECONDS = 1.0
 TABLES = ("epochs", "steps", "time")
 """``epochs`` and ``steps`` are equal for equal settings, to the last digit; ``time`` is not."""
 
@@ -29,6 +31,7 @@ class TrainLog:
     def __init__(self, run: Run | None, *, tensorboard: bool = False) -> None:
         self.tables: dict[str, list[Row]] = {name: [] for name in TABLES}
         self._run = run
+        self._written = -math.inf
         self._writers: dict[str, Any] = {}
         self._open = _summary_writer() if tensorboard and run is not None else None
 
@@ -38,14 +41,15 @@ class TrainLog:
         if self._open is not None:
             self._write_events(table, row)
 
-    def write(self) -> None:
-        """Bring the files up to date.
+    def write(self, *, at_once: bool = False) -> None:
+        """Bring the files up to date, at most once in ``WRITE_SECONDS`` unless told to.
 
         Raises:
             StorageError: If one cannot be written.
         """
-        if self._run is None:
+        if self._run is None or (monotonic() - self._written < WRITE_SECONDS and not at_once):
             return
+        self._written = monotonic()
         for name, rows in self.tables.items():
             path = self._run.path / "tables" / f"{name}.csv"
             with storage_errors(path, "It is written again from the last checkpoint."):

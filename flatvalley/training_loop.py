@@ -127,7 +127,7 @@ class Training:
                 raise self._located(error) from error
             if progress is not None and self.rank == 0:
                 progress(self.step, self.num_steps, self._losses)
-        self.log.write()
+        self.log.write(at_once=True)
         self.log.close()
 
     def last_row(self, name: str) -> Row:
