@@ -6,7 +6,7 @@ ORACLE := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops li
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint docs bench bench-peers bench-gpu notebooks clean
+.PHONY: help demo test check lint docs bench bench-peers bench-gpu bench-training train-gpu notebooks clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,13 @@ bench-peers: $(PEERS)  ## whole libraries against ours; hours, goes on where it 
 
 bench-gpu: $(PEERS)  ## the same on a CUDA device
 	.peers/bin/python benchmarks/hessian_gpu.py
+
+bench-training: $(STAMP)  ## sparsity and accuracy on MNIST and CIFAR-10; hours, goes on where it was stopped
+	$(BIN)/python benchmarks/target_sparsity.py
+	$(BIN)/python benchmarks/resnet20_sparsity.py
+
+train-gpu: $(STAMP)  ## the paper's networks on a CUDA device; hours, goes on where it was stopped
+	$(BIN)/python benchmarks/train_gpu.py
 
 notebooks: $(STAMP)   ## execute the notebooks and renew the .ipynb beside each source
 	cd notebooks && ../$(BIN)/jupytext --to ipynb [0-9]*.py && ../$(BIN)/jupyter-execute --inplace [0-9]*.ipynb

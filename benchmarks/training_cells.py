@@ -1,7 +1,9 @@
 """Trainings kept one by one in a JSON file, so that an interrupted benchmark goes on."""
 
 import json
+import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from flatvalley.data import Dataset
 from flatvalley.train_config import TrainConfig
 from flatvalley.training import train
 from hessian.storage import write_atomically
+
+Row = tuple[str, float]
+"""Method and wanted sparsity; ``("SGD", 0.0)`` is the one that the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,42 @@ class Cells:
             time.process_time() - began,
         )
 
+    def ends(
+        self,
+        runs: Mapping[Row, str],
+        configs: Callable[[str, int], TrainConfig],
+        seeds: Sequence[int],
+    ) -> dict[Row, list[Cell]]:
+        """Return the cells of every row of a table, seed by seed."""
+        found: dict[Row, list[Cell]] = {row: [] for row in runs}
+        for seed in seeds:
+            for row, run in runs.items():
+                found[row].append(self.get(configs(run, seed)))
+        return found
+
     def _read(self) -> dict[str, Any]:
         path = Path(self.path)
         return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def table(ends: Mapping[Row, Sequence[Cell]]) -> list[str]:
+    """Return mean and range over the seeds for every row."""
+    dense = [cell.accuracy for cell in ends["SGD", 0.0]]
+    lines = [
+        f"{'':10}{'target':>7}{'sparsity':>10}{'range':>16}{'accuracy':>10}{'range':>14}"
+        f"{'below SGD':>11}{'worst':>7}{'c':>10}"
+    ]
+    for (method, target), cells in ends.items():
+        sparsities, accuracies = [c.sparsity for c in cells], [c.accuracy for c in cells]
+        below = [d - a for d, a in zip(dense, accuracies, strict=True)]
+        lines.append(
+            f"{method:10}{target:7.2f}{statistics.mean(sparsities):10.4f}"
+            f"{_range(sparsities, 4):>16}{statistics.mean(accuracies):10.2f}"
+            f"{_range(accuracies, 2):>14}{statistics.mean(below):11.2f}{max(below):7.2f}"
+            + (f"{statistics.mean(c.constant for c in cells):10.5f}" if method == "gRDA" else "")
+        )
+    return lines
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    return f"{min(values):.{digits}f}-{max(values):.{digits}f}"
