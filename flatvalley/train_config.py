@@ -44,7 +44,10 @@ class TrainConfig:
     model: str = "lenet-300-100"
     """Name of a network, or ``package.module:factory``."""
     data: str = "mnist"
-    """Name of a data set, a folder of images, or ``package.module:factory``."""
+    """Name of a data set, a folder of images, or ``package.module:factory``.
+
+    A folder holds ``train`` and ``val``, each with a folder of images for each class.
+    """
     runs: tuple[str, ...] = ("sgd", "grda:target=0.9")
     """Optimizers side by side, from one start and on the same batches.
 
@@ -66,9 +69,16 @@ class TrainConfig:
     seed: int = 0
     """Of the start, the order of the batches, the augmentation and dropout."""
     augment: str = "none"
-    """``"none"`` or ``"crop-flip"``: shifts by up to 4 pixels and mirror images."""
+    """``"none"`` or ``"crop-flip"``: shifts by up to 4 pixels and mirror images.
+
+    Of a folder of images: a random part, 8 to 100 % of the area, in place of a shift.
+    """
+    image_size: int = 224
+    """Height and width of the images of a folder."""
+    drop_last: bool = False
+    """Whether to leave out the last batch of an epoch where it is smaller."""
     train_samples: int = 0
-    """Only so many training samples, drawn by class; 0 for all."""
+    """Only so many training samples, the same for every seed, by class; 0 for all."""
     validation: float = 0.0
     """Share of the training samples that is held out to choose settings by.
 
@@ -100,6 +110,7 @@ class TrainConfig:
             "batch_size": 1,
             "eval_every": 1,
             "log_every": 1,
+            "image_size": 1,
             "seed": 0,
             "train_samples": 0,
             "threads": 0,

@@ -137,6 +137,7 @@ def train(
             the step and the tensor; the last good checkpoint stays.
         DamagedFileError: If a file of the data set, or every checkpoint, is damaged.
         FileNotFoundError: If a file of the data set is not there.
+        ImportError: If a package that reads the data is not installed.
         StorageError: If a file cannot be written; the last good checkpoint stays.
 
     Example:
@@ -155,39 +156,40 @@ def train(
     rank, world_size = world()
     local = replace(config, device=own_device(config.device))
     samples = load_train_data(local, data, rank=rank, world_size=world_size)
-    make = make_model or model_factory(local, samples.num_classes)
-    training = Training(local, samples, make, rank=rank, world_size=world_size)
-    checkpoints, run = None, None
-    if folder is not None:
-        identity = config.identity()
-        marks = {"data digest": samples.digest, "start digest": training.start_digest()}
-        checkpoints = Checkpoints(folder / "checkpoints", identity | marks)
-        if rank == 0:
-            run = Run(folder, "train", identity | ({"recipe": dict(recipe)} if recipe else {}))
-        if world_size > 1:
-            torch.distributed.barrier()  # the others read the folder before anything is written
-    training.keep_in(run, checkpoints, checkpoint_seconds, tensorboard=tensorboard)
-    with training.everything_put_back():
-        training.go_on(progress)
-        result = TrainResult(
-            config,
-            tuple(
-                RunResult(
-                    t.name,
-                    t.weights(),
-                    training.last_row(t.name),
-                    t.spec.settings.get("target"),
-                    t.pruned_sparsity(),
-                )
-                for t in training.trainees
-            ),
-            training.log.tables,
-            tuple(training.notes),
-            training.trainees[0].num_weights,
-            training.num_steps,
-            samples.test.num_samples,
-            run,
-        )
+    try:
+        make = make_model or model_factory(local, samples.num_classes)
+        training = Training(local, samples, make, rank=rank, world_size=world_size)
+        checkpoints, run = None, None
+        if folder is not None:
+            identity = config.identity()
+            marks = {"data digest": samples.digest, "start digest": training.start_digest()}
+            checkpoints = Checkpoints(folder / "checkpoints", identity | marks)
+            if rank == 0:
+                run = Run(folder, "train", identity | ({"recipe": dict(recipe)} if recipe else {}))
+        training.keep_in(run, checkpoints, checkpoint_seconds, tensorboard=tensorboard)
+        with training.everything_put_back():
+            training.go_on(progress)
+            result = TrainResult(
+                config,
+                tuple(
+                    RunResult(
+                        t.name,
+                        t.weights(),
+                        training.last_row(t.name),
+                        t.spec.settings.get("target"),
+                        t.pruned_sparsity(),
+                    )
+                    for t in training.trainees
+                ),
+                training.log.tables,
+                tuple(training.notes),
+                training.trainees[0].num_weights,
+                training.num_steps,
+                samples.test.num_samples,
+                run,
+            )
+    finally:
+        samples.close()
     if run is not None:
         _write_ends(result, run)
     return result

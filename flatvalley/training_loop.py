@@ -57,6 +57,7 @@ class Training:
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = len(data.train.batches)
         self.num_steps = config.epochs * self.steps_per_epoch
+        self._epoch_samples = min(data.train.num_samples, self.steps_per_epoch * config.batch_size)
         self._factor = schedule(
             config.schedule,
             epochs=config.epochs,
@@ -97,7 +98,8 @@ class Training:
         """Write into a folder from now on, and go on from the state that it holds, if any.
 
         Raises:
-            ValueError: If the checkpoint belongs to another training.
+            ValueError: If the checkpoint belongs to another training, or the processes do not
+                see the same folder.
             DamagedFileError: If there are checkpoints, but none is whole.
         """
         self.log = TrainLog(run, tensorboard=tensorboard)
@@ -108,6 +110,14 @@ class Training:
             self._load(found.state)
             for damaged in found.damaged:
                 self._note(f"Passed over a damaged checkpoint: {damaged}.")
+        steps = torch.zeros(self.world_size, device=self.config.device)
+        steps[self.rank] = self.step
+        found_steps = sum_over_ranks(steps).tolist()
+        if len(set(found_steps)) > 1:
+            raise ValueError(
+                "`folder` must be one that all processes can read, but they found checkpoints of "
+                f"steps {', '.join(f'{step:.0f}' for step in found_steps)}. Use a shared folder."
+            )
 
     def go_on(self, progress: Progress | None = None) -> None:
         """Train from where the state is to the end.
@@ -259,7 +269,7 @@ class Training:
 
     def _samples_between(self, first: int, last: int) -> int:
         """Samples of some steps of one epoch, over all processes."""
-        size, total = self.config.batch_size, self.data.train.num_samples
+        size, total = self.config.batch_size, self._epoch_samples
         start = first % self.steps_per_epoch
         return min((start + last - first) * size, total) - start * size
 
@@ -268,7 +278,7 @@ class Training:
 
     def _end_epoch(self) -> None:
         """Evaluate every run, and write the tables."""
-        epoch, total = self.step // self.steps_per_epoch, self.data.train.num_samples
+        epoch, total = self.step // self.steps_per_epoch, self._epoch_samples
         last = self.step == self.num_steps
         look = last or epoch % self.config.eval_every == 0
         seconds = self._elapsed()

@@ -45,7 +45,8 @@ def train(
         str | None, typer.Option(help="Name of a network, or package.module:factory.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Name of a data set, or package.module:factory.")
+        str | None,
+        typer.Option(help="Name of a data set, folder of images, or package.module:factory."),
     ] = None,
     criterion: Annotated[
         str | None, typer.Option(help="cross-entropy, or package.module:factory.")
@@ -63,6 +64,12 @@ def train(
         float | None, typer.Option(help="Epochs in which the learning rate rises.")
     ] = None,
     augment: Annotated[str | None, typer.Option(help="none or crop-flip.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Height and width of the images of a folder.")
+    ] = None,
+    drop_last: Annotated[
+        bool | None, typer.Option(help="Leave out the last batch of an epoch if it is smaller.")
+    ] = None,
     train_samples: Annotated[
         int | None, typer.Option(help="Only so many training samples; 0 for all.")
     ] = None,
@@ -122,6 +129,8 @@ def train(
         "schedule": schedule,
         "warmup": warmup,
         "augment": augment,
+        "image_size": image_size,
+        "drop_last": drop_last,
         "train_samples": train_samples,
         "validation": validation,
         "eval_every": eval_every,
@@ -168,10 +177,10 @@ def train(
 
 @contextmanager
 def _files_wanted() -> Iterator[None]:
-    """A file of the data that is not there is a mistake of usage."""
+    """A file or a package that is not there is a mistake of usage."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

@@ -333,3 +333,53 @@ def test_sparse_weights_come_back_bit_by_bit_in_less_room(tmp_path):
         assert torch.equal(again[name].nan_to_num(7.0), t.nan_to_num(7.0)), name
     dense = sum(t.numel() * t.element_size() for t in state.values())
     assert path.stat().st_size < 0.3 * dense
+
+
+def test_a_folder_of_images_is_trained_on_file_by_file_and_resumes(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 9), ("val", 4)):
+        for number, name in enumerate(("dark", "light")):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 120, (20, 24, 3), generator=generator) + 130 * number
+                image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.png")
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        )
+
+    config = TrainConfig(
+        data=str(tmp_path / "images"),
+        runs=("sgd", "grda:c=0.001"),
+        epochs=5,
+        batch_size=4,
+        augment="crop-flip",
+        image_size=12,
+        drop_last=True,
+        validation=2 / 18,
+        log_every=3,
+    )
+    whole = train(config, make_model=model)
+    assert whole.num_steps == 5 * 4
+    assert whole["sgd"].test_accuracy == 1.0
+    assert whole.num_test_samples == 8
+
+    class StopError(Exception):
+        pass
+
+    def stop(step, steps, losses):
+        if step == 11:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(config, tmp_path / "run", make_model=model, checkpoint_seconds=0.0, progress=stop)
+    resumed = train(config, tmp_path / "run", make_model=model)
+    assert same(whole["sgd"].weights, resumed["sgd"].weights)
+    assert same(whole["grda:c=0.001"].weights, resumed["grda:c=0.001"].weights)
+    next((tmp_path / "images" / "train" / "dark").iterdir()).unlink()
+    with pytest.raises(ValueError, match="differs in data digest"):
+        train(config, tmp_path / "run", make_model=model)
