@@ -76,7 +76,13 @@ def trained(
             shown = step * 20 // steps
             say(f"{name}: step {step:,} of {steps:,}")
 
-    result = train(config, folder, data=data, recipe={"name": name}, progress=progress)
+    changed = {
+        key: value
+        for key, value in config.identity().items()
+        if value != recipe.config.identity()[key]
+    }
+    origin = {"name": name, "overrides": changed}
+    result = train(config, folder, data=data, recipe=origin, progress=progress)
     assert result.run is not None
     write_train_report(result, result.run, draw_training(result, result.run))
     seconds = sum(row["training_seconds"] for row in result.tables["time"])

@@ -287,6 +287,17 @@ def test_the_folder_holds_tables_and_weights_that_agree_with_the_result(digits, 
     assert same(again["sgd"].weights, result["sgd"].weights)
 
 
+def test_evaluation_is_that_of_the_trained_model_in_evaluation_mode(digits):
+    end = run(digits, noisy, runs=("sgd",), validation=0.1)["sgd"]
+    model = noisy().eval()
+    model.load_state_dict(end.weights)
+    with torch.no_grad():
+        out = model(digits.test_inputs)
+    assert end.row["test_loss"] == pytest.approx(cross_entropy(out, digits.test_labels).item())
+    right = (out.argmax(1) == digits.test_labels).double().mean().item()
+    assert end.row["test_accuracy"] == right
+
+
 def test_augmentation_and_bytes_change_training_but_not_evaluation():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 1, 8, 8), generator=generator, dtype=torch.uint8)
