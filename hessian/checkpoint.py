@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hessian.distributed import Ranks
+from hessian.iteration_state import State
 from hessian.lanczos import KrylovBasis, Remainder
 from hessian.missed_eigenvalues import Search
-
-if TYPE_CHECKING:
-    from hessian.thick_restart import State
 
 FORMAT = 1
 NEWEST, PREVIOUS = "checkpoint.json", "previous.json"
@@ -64,7 +62,7 @@ class Checkpoint:
             self.folder = self._whole / f"rank-{self.ranks.rank}"
             self.problem["ranks"] = self.ranks.size
 
-    def save(self, basis: KrylovBasis, state: "State", *, at_once: bool = False) -> None:
+    def save(self, basis: KrylovBasis, state: State, *, at_once: bool = False) -> None:
         """Write the state, if enough products were made since the last time."""
         if state.products - self._written < self.every and not at_once:
             return
@@ -76,7 +74,7 @@ class Checkpoint:
             if path.name not in keep and path.name.startswith(ours):
                 path.unlink(missing_ok=True)
 
-    def _write_all(self, basis: KrylovBasis, state: "State") -> set[str]:
+    def _write_all(self, basis: KrylovBasis, state: State) -> set[str]:
         """Write the state, and return the names of the files that belong to it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if basis.compressions != self._compressions:
@@ -118,7 +116,7 @@ class Checkpoint:
         self._written = state.products
         return {NEWEST, name, *(entry["file"] for entry in self._rows)}
 
-    def resume(self, basis: KrylovBasis, state: "State") -> bool:
+    def resume(self, basis: KrylovBasis, state: State) -> bool:
         """Bring a fresh basis and state to what the folder holds; False if it holds nothing.
 
         Makes one product, uncounted, to see that the operator is the same one.
@@ -202,7 +200,7 @@ class Checkpoint:
                 )
         return record
 
-    def _restore(self, record: dict[str, Any], basis: KrylovBasis, state: "State") -> None:
+    def _restore(self, record: dict[str, Any], basis: KrylovBasis, state: State) -> None:
         about = record["basis"]
         for entry in record["vectors"]:
             for row in self._read(entry)["rows"]:

@@ -13,13 +13,14 @@ from hessian.checkpoint import Checkpoint, fingerprint
 from hessian.distributed import Ranks
 from hessian.errors import ConvergenceWarning
 from hessian.exact_refinement import ExactRefinement
+from hessian.iteration_state import Task
 from hessian.lanczos import Shards
 from hessian.memory import basis_size, free_memory
 from hessian.missed_eigenvalues import RISK
 from hessian.operators import Operator
 from hessian.progress import ProgressOption, report_progress
 from hessian.subspace import Eigenspace, Which
-from hessian.thick_restart import Task, ThickRestart
+from hessian.thick_restart import ThickRestart
 
 
 def leading_eigenspace(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hessian.lanczos import Array, Shards
+from hessian.leading_values import Indices, leading_order
 from hessian.operators import Operator
 from hessian.progress import Update
 from hessian.subspace import Eigenspace
-from hessian.thick_restart import Indices, leading_order
 from hessian.vector_rows import VectorRows, aligned, dot
 
 AT_ROUNDING = 1e3

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +16,7 @@ from hessian.operators import Operator
 from hessian.probes import CountedProducts, SignProbes, column_dots
 from hessian.products import hessian_operator
 from hessian.progress import ProgressOption, report_progress
+from hessian.storage import require_pandas
 
 TYPICAL_PRODUCTS = 20
 """Products for one layer's eigenvalue, guessed for the progress bar until some are known."""
@@ -64,13 +64,7 @@ class LayerTable:
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
-        try:
-            pandas = import_module("pandas")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`to_pandas` needs pandas. Install it with `pip install pandas`."
-            ) from error
-        return pandas.DataFrame([vars(row) for row in self.rows]).set_index("name")
+        return require_pandas().DataFrame([vars(row) for row in self.rows]).set_index("name")
 
     def __str__(self) -> str:
         """Return the table as aligned text."""

@@ -26,7 +26,9 @@ LARGE = 1000
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device, as well as the system tells."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch has taken from the device and lends to no tensor is free, too.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     known = [size for size in (_free_in_system(), _free_in_container()) if size is not None]
     return min(known, default=1 << 30)
 

@@ -1,6 +1,7 @@
 """The training loss as a function of one flat vector of weights, with its derivatives."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -219,23 +220,7 @@ class Objective(FlatWeights):
 
     def loss_and_gradient(self, w: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
         """Return L(w) and its gradient. Costs one forward and one backward pass."""
-        with self.ranks.in_step(w), torch.enable_grad():
-            require_autograd()
-            w = self._begin(w).detach().requires_grad_()
-            out, sums = torch.zeros_like(w), []
-            for batch in self.batches():
-                total = self.batch_total(w, batch)
-                out += torch.autograd.grad(total, w, materialize_grads=True)[0]
-                sums.append(total.detach())
-            totals = self._places.put(sums, self.device)
-        loss = self._mean(totals, w)
-        out = self.reduce_(out).div_(self.normalizer)
-        if self._regularizer is not None:
-            with torch.enable_grad():
-                penalty = self.regularization(w)
-                if penalty.requires_grad:
-                    out += torch.autograd.grad(penalty, w, materialize_grads=True)[0]
-        return loss, finite_vector(out, "gradient", self)
+        return self._with_derivative(w, (), _gradient, "gradient", nullcontext())
 
     def hessian_product(
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"]
@@ -247,21 +232,37 @@ class Objective(FlatWeights):
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"]
     ) -> tuple[float, Float[Tensor, " d"]]:
         """Return L(w), which the product computes anyway, and H(w) v."""
-        with self.ranks.in_step(w, v), torch.enable_grad(), differentiable_twice():
+        what, settings = "Hessian-vector product", differentiable_twice()
+        return self._with_derivative(w, (v,), _curvature_product, what, settings)
+
+    def _with_derivative(
+        self,
+        w: Tensor,
+        vectors: tuple[Tensor, ...],
+        derivative: Callable[..., Tensor],
+        what: str,
+        settings: AbstractContextManager[None],
+    ) -> tuple[float, Tensor]:
+        """L(w), and a derivative of it, added up over the batches and the regulariser."""
+        with self.ranks.in_step(w, *vectors), torch.enable_grad(), settings:
+            require_autograd()
             w = self._begin(w).detach().requires_grad_()
-            self.require_vector(v, "v")
+            for v in vectors:
+                self.require_vector(v, "v")
             out, sums = torch.zeros_like(w), []
             for batch in self.batches():
                 total = self.batch_total(w, batch)
-                out += _curvature_product(total, w, v)
+                out += derivative(total, w, *vectors)
                 sums.append(total.detach())
             totals = self._places.put(sums, self.device)
         loss = self._mean(totals, w)
         out = self.reduce_(out).div_(self.normalizer)
         if self._regularizer is not None:
             with torch.enable_grad():
-                out += _curvature_product(self.regularization(w), w, v)
-        return loss, finite_vector(out, "Hessian-vector product", self)
+                penalty = self.regularization(w)
+                if penalty.requires_grad:
+                    out += derivative(penalty, w, *vectors)
+        return loss, finite_vector(out, what, self)
 
     def batch_hessian_product(
         self, w: Float[Tensor, " d"], v: Float[Tensor, " d"], batch: Batch
@@ -327,6 +328,10 @@ class Objective(FlatWeights):
         with torch.no_grad():
             penalty = float(self.regularization(w))
         return finite_loss(totals, self.normalizer, penalty, self.unflatten(w.detach()))
+
+
+def _gradient(total: Tensor, w: Tensor) -> Tensor:
+    return torch.autograd.grad(total, w, materialize_grads=True)[0]
 
 
 def _curvature_product(total: Tensor, w: Tensor, v: Tensor) -> Tensor:

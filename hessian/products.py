@@ -57,9 +57,10 @@ def hessian_operator(
         method: How a product is computed.
         precision: ``"full"``: in all bits of the weights' type, whatever torch's global settings
             say of TF32 and autocast. ``"tf32"`` (on a GPU) and ``"bfloat16"`` make matrix products
-            and convolutions of float32 weights cheaper, and products with H wrong by some 1e-3 of
-            its size; vectors and results stay float32. ``leading_eigenspace(fast, exact=...)``
-            finds the pairs with such an operator and certifies them with another one.
+            and convolutions of float32 weights cheaper where the hardware is made for it, and H v
+            wrong by some 1e-3 to 5e-2 of its length; vectors and results stay float32.
+            ``leading_eigenspace(fast, exact=...)`` finds the pairs with such an operator and
+            certifies them with another one.
         memory_budget: Bytes for the graphs that ``"reverse"`` keeps; 0 keeps none. Default: a
             quarter of what is free at the first product.
 

@@ -98,18 +98,13 @@ def to_pandas(result: Eigenspace) -> Any:
     """Return a DataFrame with one row a pair: its value and its residual.
 
     The table's ``attrs`` hold everything else but the vectors: the gap, the number of products,
-    whether all pairs converged, how they lead, the chance that one was missed, and whether the
-    residuals were measured.
+    whether all pairs converged, how they lead, the chance that one was missed, whether the
+    residuals were measured, and how many products were exact.
 
     Raises:
         ModuleNotFoundError: If pandas is not installed.
     """
-    try:
-        pandas = import_module("pandas")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`to_pandas` needs pandas. Install it with `pip install pandas`."
-        ) from error
+    pandas = require_pandas()
     table = pandas.DataFrame(
         {"value": result.values.cpu().numpy(), "residual": result.residuals.cpu().numpy()}
     )
@@ -119,6 +114,20 @@ def to_pandas(result: Eigenspace) -> Any:
         if not isinstance(value, Tensor):
             table.attrs[field.name] = value
     return table
+
+
+def require_pandas() -> Any:
+    """Return the module ``pandas``.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed.
+    """
+    try:
+        return import_module("pandas")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "`to_pandas` needs pandas. Install it with `pip install pandas`."
+        ) from error
 
 
 def _worded(value: Any) -> Any:

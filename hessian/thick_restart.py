@@ -4,71 +4,24 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hessian.checkpoint import Checkpoint
+from hessian.iteration_state import State, Task
 from hessian.lanczos import Array, KrylovBasis, Shards
+from hessian.leading_values import Indices, leading_order, merit, outer_bounds
 from hessian.missed_eigenvalues import RISK, Search
 from hessian.operators import Operator
 from hessian.progress import Update
-from hessian.subspace import Eigenspace, Which, measured_eigenspace
+from hessian.subspace import Eigenspace, measured_eigenspace
 from hessian.vector_rows import chunks
-
-Indices = npt.NDArray[np.intp]
 
 ROOM = 20
 """Vectors that a search for missed eigenvalues should find free in the basis."""
 
 DRAWS = 1 << 22
 """Random numbers that are drawn at a time, so that their float64 copies stay small."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is looked for, and with what means."""
-
-    k: int
-    tol: float
-    max_products: int
-    max_basis: int
-    which: Which
-    seed: int
-    multiple: bool
-    measure: bool
-
-    @property
-    def reserve(self) -> int:
-        """Products that are kept for the residuals."""
-        return self.k if self.measure else 0
-
-
-@dataclass
-class State:
-    """Where the iteration stands, beside the basis."""
-
-    products: int = 0
-    draws: int = 0
-    """Random directions that were used, the start included."""
-    next_check: int = 0
-    """Products at which the Ritz values are looked at next."""
-    last_products: int = 0
-    last_estimate: float = math.inf
-    retry_below: float = math.inf
-    """Estimate below which residuals are measured again after they disappointed."""
-    last_residual: float = math.inf
-    """The largest one when they disappointed."""
-    stalled: bool = False
-    """Whether rounding keeps the residuals up, however low the estimates."""
-    tested_merit: float | None = None
-    """Merit of the leading values that a search left standing."""
-    missed: float = math.nan
-    expected: int = 0
-    goal: float = math.nan
-    search: Search | None = None
-    ended: bool = False
-    """Whether the budget ended before the Ritz values of the last product were looked at."""
 
 
 @dataclass
@@ -301,38 +254,6 @@ class ThickRestart:
         direction = random_direction(self.operator, self._seed)
         self.state.draws += 1
         return direction
-
-
-def leading_order(values: Array, which: Which) -> Indices:
-    """Return the indices of ascending values, leading first."""
-    if which == "both":
-        up = np.arange(len(values))
-        turns = np.stack([up[::-1], up], axis=1).reshape(-1)
-        return turns[: len(values)]
-    keys = {"magnitude": -np.abs(values), "largest": -values, "smallest": values}
-    return np.argsort(keys[which], kind="stable")
-
-
-def merit(leading: Array, which: Which) -> float:
-    """Return the sum that the leading values maximise, over all subspaces of their number."""
-    if which == "magnitude":
-        return float(np.abs(leading).sum())
-    if which == "both":
-        return float(leading[0::2].sum() - leading[1::2].sum())
-    return float(leading.sum()) * (1.0 if which == "largest" else -1.0)
-
-
-def outer_bounds(leading: Array, which: Which, margin: float) -> list[float]:
-    """Return the points beyond which one more eigenvalue would be among the leading ones."""
-    if which == "magnitude":
-        edge = float(np.abs(leading).min()) + margin
-        return [edge, -edge]
-    if which == "largest":
-        return [float(leading.min()) + margin]
-    if which == "smallest":
-        return [float(leading.max()) - margin]
-    upper = float(leading[0::2].min()) + margin
-    return [upper, float(leading[1::2].max()) - margin] if len(leading) > 1 else [upper]
 
 
 def random_direction(operator: Operator, seed: int) -> Tensor:

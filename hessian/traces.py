@@ -3,7 +3,6 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -13,12 +12,10 @@ from torch import Tensor
 from hessian.diagonals import exact_diagonal
 from hessian.errors import ConvergenceWarning
 from hessian.operators import Operator
-from hessian.probes import CountedProducts, SignProbes, column_dots, deflated, inner
+from hessian.probes import CountedProducts, SignProbes, column_dots, deflated
 from hessian.progress import ProgressOption, report_progress
-from hessian.sketches import RangeBasis, leave_one_out_error, leave_one_out_traces
 from hessian.subspace import Eigenspace
-
-TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
+from hessian.trace_estimators import ESTIMATORS, FEWEST, TraceMethod, price_of
 
 FEWEST_TO_STOP = 20
 """Probes before a standard error is good enough to stop on."""
@@ -119,10 +116,10 @@ def trace(
     _require_options(operator, method, num_probes, rtol, max_products)
     rest, V, values = deflated(operator, eigenspace)
     captured = float(values.to(torch.float64).cpu() @ column_dots(V, V))
-    price = _price(method, num_probes)
+    price = price_of(method, num_probes)
     with report_progress(progress, "trace") as update:
         A = CountedProducts(rest, update, price)
-        estimator = _ESTIMATORS[method](A, SignProbes(operator, seed), growing=rtol is not None)
+        estimator = ESTIMATORS[method](A, SignProbes(operator, seed), growing=rtol is not None)
         probes = num_probes
         estimator.grow(probes)
         samples, error = estimator.outcome()
@@ -146,7 +143,7 @@ def trace(
             if more <= probes:
                 break
             within = _affordable(operator, method, int(min(wanted, max_products)), max_products)
-            A.expect(_price(method, max(more, within)), error=error, goal=goal)
+            A.expect(price_of(method, max(more, within)), error=error, goal=goal)
             estimator.grow(more - probes)
             probes = more
             samples, error = estimator.outcome()
@@ -162,117 +159,6 @@ def trace(
     return TraceEstimate(float(samples.mean()), error, samples, A.spent, converged)
 
 
-class _Estimator(Protocol):
-    def grow(self, count: int) -> None: ...
-
-    def outcome(self) -> tuple[Tensor, float]: ...
-
-
-class _Hutchinson:
-    """One sample vᵀ A v a probe, all independent."""
-
-    def __init__(self, A: CountedProducts, probes: SignProbes, *, growing: bool) -> None:
-        del growing
-        self.A, self.probes = A, probes
-        self.samples = torch.empty(0, dtype=torch.float64, device="cpu")
-
-    def grow(self, count: int) -> None:
-        for size in self.A.chunks(count):
-            X = self.probes.draw(size)
-            self.samples = torch.cat([self.samples, column_dots(X, self.A @ X)])
-
-    def outcome(self) -> tuple[Tensor, float]:
-        return self.samples, _standard_error(self.samples)
-
-
-class _HutchPlusPlus:
-    """The trace on the range of a sketch, exactly; samples of the rest, independent given it."""
-
-    def __init__(self, A: CountedProducts, probes: SignProbes, *, growing: bool) -> None:
-        self.A, self.probes, self.growing = A, probes, growing
-        self.count = 0
-        self.basis: RangeBasis | None = None
-        self.captured = 0.0
-        self.samples = torch.empty(0, dtype=torch.float64, device="cpu")
-
-    def grow(self, count: int) -> None:
-        sketched, self.count = self.count // 2, self.count + count
-        wanted = self.count // 2
-        S = self.probes.draw(wanted - sketched)
-        if self.basis is None:
-            self.basis = RangeBasis(S)
-            self.rest, self.A_rest = S[:, :0], S[:, :0]
-        gained = self.basis.add(self.A @ S)
-        A_gained = self.A @ gained
-        self.captured += float(column_dots(gained, A_gained).sum())
-        # What is known of A on the earlier probes tells A on what the larger basis leaves of them.
-        inside = inner(gained, self.rest).to(gained)
-        self.rest = self.rest - gained @ inside
-        self.A_rest = self.A_rest - A_gained @ inside
-        self.samples = column_dots(self.rest, self.A_rest)
-        for size in self.A.chunks(self.count - wanted - len(self.samples)):
-            X = self.probes.draw(size)
-            for _ in range(2):
-                X = X - self.basis.Q @ inner(self.basis.Q, X).to(X)
-            AX = self.A @ X
-            self.samples = torch.cat([self.samples, column_dots(X, AX)])
-            if self.growing:
-                self.rest = torch.cat([self.rest, X], dim=1)
-                self.A_rest = torch.cat([self.A_rest, AX], dim=1)
-
-    def outcome(self) -> tuple[Tensor, float]:
-        return self.samples + self.captured, _standard_error(self.samples)
-
-
-class _XTrace:
-    """Every probe samples what the range of the other probes misses."""
-
-    def __init__(self, A: CountedProducts, probes: SignProbes, *, growing: bool) -> None:
-        del growing
-        self.A, self.probes = A, probes
-        self.basis: RangeBasis | None = None
-        self.H = torch.zeros((0, 0), dtype=torch.float64, device="cpu")
-        self.forms = torch.empty(0, dtype=torch.float64, device="cpu")
-
-    def grow(self, count: int) -> None:
-        X = self.probes.draw(count)
-        if self.basis is None:
-            self.basis = RangeBasis(X)
-            self.signs = X[:, :0].to(torch.int8)
-        AX = self.A @ X
-        self.forms = torch.cat([self.forms, column_dots(X, AX)])
-        self.signs = torch.cat([self.signs, X.to(torch.int8)], dim=1)
-        before = len(self.H)
-        gained = self.basis.add(AX)
-        columns = inner(self.basis.Q, self.A @ gained)
-        corner = columns[before:]
-        self.H = torch.cat(
-            [
-                torch.cat([self.H, columns[:before]], dim=1),
-                torch.cat([columns[:before].T, (corner + corner.T) / 2], dim=1),
-            ]
-        )
-
-    def outcome(self) -> tuple[Tensor, float]:
-        assert self.basis is not None
-        W = inner(self.basis.Q, self.signs)
-        samples, without = leave_one_out_traces(self.H, self.basis.R, W, self.forms)
-        return samples, float(leave_one_out_error(samples, without))
-
-
-_ESTIMATORS: dict[str, type[_Hutchinson] | type[_HutchPlusPlus] | type[_XTrace]] = {
-    "hutchinson": _Hutchinson,
-    "hutch++": _HutchPlusPlus,
-    "xtrace": _XTrace,
-}
-_FEWEST = {"hutchinson": 2, "hutch++": 3, "xtrace": 2}
-
-
-def _price(method: TraceMethod, num_probes: int) -> int:
-    """Products that this many probes cost."""
-    return num_probes + {"hutchinson": 0, "hutch++": num_probes // 2, "xtrace": num_probes}[method]
-
-
 def _affordable(operator: Operator, method: TraceMethod, wanted: int, max_products: int) -> int:
     """Most probes up to ``wanted`` within the budget, and worth it."""
     most = max_products if method == "hutchinson" else min(max_products, operator.size - 1)
@@ -286,10 +172,6 @@ def _upper_factor(count: int) -> float:
     return math.sqrt((count - 1) / float(chi2.ppf(0.05, count - 1)))
 
 
-def _standard_error(samples: Tensor) -> float:
-    return float(samples.std()) / math.sqrt(len(samples))
-
-
 def _require_options(
     operator: Operator,
     method: TraceMethod,
@@ -297,14 +179,14 @@ def _require_options(
     rtol: float | None,
     max_products: int,
 ) -> None:
-    if method not in _ESTIMATORS:
+    if method not in ESTIMATORS:
         raise ValueError(f'`method` must be "hutchinson", "hutch++" or "xtrace", got "{method}".')
-    if num_probes < _FEWEST[method]:
+    if num_probes < FEWEST[method]:
         raise ValueError(
-            f"`num_probes` must be at least {_FEWEST[method]} to give a standard error, got "
+            f"`num_probes` must be at least {FEWEST[method]} to give a standard error, got "
             f"{num_probes}."
         )
-    price = _price(method, num_probes)
+    price = price_of(method, num_probes)
     if method != "hutchinson" and price >= operator.size:
         raise ValueError(
             f"`num_probes` must cost fewer than {operator.size} products, which give the exact "

@@ -139,12 +139,12 @@ def test_the_table_reads_as_text_and_as_a_data_frame():
 
 
 def test_without_pandas_the_message_says_what_to_install(monkeypatch):
-    import hessian.layers
+    import hessian.storage
 
     def missing(name):
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(hessian.layers, "import_module", missing)
+    monkeypatch.setattr(hessian.storage, "import_module", missing)
     with pytest.raises(ModuleNotFoundError, match="pip install pandas"):
         layer_table(tiny(), num_probes=2).to_pandas()
 

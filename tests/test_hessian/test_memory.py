@@ -140,3 +140,11 @@ def test_thirty_million_parameters_stay_within_six_gibibytes():
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_blocks_that_torch_keeps_for_itself_on_a_device_are_free(monkeypatch):
+    device = torch.device("cuda", 1)
+    facts = {"mem_get_info": (300, 1000), "memory_reserved": 500, "memory_allocated": 120}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda d, value=value: value if d == device else None)
+    assert memory.free_memory(device) == 300 + 500 - 120

@@ -136,6 +136,7 @@ def test_the_table_has_a_row_a_pair():
         "which": "magnitude",
         "missed": 1e-4,
         "measured": False,
+        "num_exact": 0,
     }
 
 

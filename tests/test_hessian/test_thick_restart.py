@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from hessian import ConvergenceWarning, Operator, leading_eigenspace
 from hessian.lanczos import KrylovBasis
+from hessian.leading_values import leading_order, merit
 from hessian.missed_eigenvalues import Search
 from hessian.progress import Step
-from hessian.thick_restart import leading_order, merit, random_direction
+from hessian.thick_restart import random_direction
 from hessian.vector_rows import VectorRows
 from tests.oracles import counted, digits_hessian, digits_leading, with_spectrum
 

@@ -18,7 +18,7 @@ from hessian import (
 from hessian.probes import CHUNK_BYTES, CountedProducts, SignProbes, chunk_columns
 from hessian.progress import report_progress
 from hessian.sketches import RangeBasis, leave_one_out_traces
-from hessian.traces import _ESTIMATORS
+from hessian.trace_estimators import ESTIMATORS
 from tests.cases import digits_network
 from tests.oracles import counted, digits_hessian, digits_leading, with_spectrum
 
@@ -146,7 +146,7 @@ def given_probes(monkeypatch):
 
 def estimator(method, A, growing=False):
     counted_products = CountedProducts(Operator.from_matrix(A), lambda *a, **k: None, 0)
-    return _ESTIMATORS[method](
+    return ESTIMATORS[method](
         counted_products, SignProbes(Operator.from_matrix(A), 0), growing=growing
     )
 
