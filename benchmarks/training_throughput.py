@@ -46,8 +46,8 @@ class Problem:
 
 
 PROBLEMS = {
-    "LeNet-5, MNIST": Problem("lenet-5", "mnist", 40 * BATCH),
-    "ResNet-20, CIFAR-10 (JPEG), crop and flip": Problem("resnet20", "cifar10", 8 * BATCH),
+    "LeNet-5, MNIST": Problem("lenet-5", "mnist", 20 * BATCH),
+    "ResNet-20, CIFAR-10 (JPEG), crop and flip": Problem("resnet20", "cifar10", 4 * BATCH),
 }
 PLAIN = {f"plain loop, num_workers={number}": number for number in (0, 1, 2)}
 OURS = {
@@ -207,16 +207,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--only", choices=[problem.model for problem in PROBLEMS.values()])
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "LOOP"))
     options = parser.parse_args()
     if options.peak:
         return print_peak(*options.peak)
     torch.set_num_threads(options.threads)
-    lines = [f"Batches of {BATCH}; medians of {options.repeats} passes, all loops in turn."]
     for title, problem in PROBLEMS.items():
-        lines += ["", f"{title}, {problem.samples} images a pass"]
-        lines += measure(problem, [*PLAIN, *OURS], options.repeats)
-    report("training_throughput", lines, ["numpy", "pillow"])
+        if options.only in (None, problem.model):
+            lines = [
+                f"{title}: batches of {BATCH}; medians of {options.repeats} passes over "
+                f"{problem.samples} images, all loops in turn."
+            ]
+            lines += measure(problem, [*PLAIN, *OURS], options.repeats)
+            report(f"training_throughput_{problem.model}", lines, ["numpy", "pillow"])
     return None
 
 

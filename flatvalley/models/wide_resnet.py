@@ -28,7 +28,7 @@ def wrn_28_10(
         late_stride: Whether to build the variant of the experiments on directional pruning
             instead: the second convolution of a block subsamples in place of the first, a
             shortcut by convolution takes the block's input as it is, and convolutions have biases
-            (36,489,290 weights). It costs about a third more time.
+            (36,489,290 weights), at 14 % more multiplications.
         dtype: Type of the weights.
 
     Raises:
