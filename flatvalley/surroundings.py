@@ -34,7 +34,8 @@ def seed_noise(config: TrainConfig, step: int, rank: int) -> None:
     mixed = ((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63
     torch.default_generator.manual_seed(mixed)
     if config.device.startswith("cuda"):
-        torch.cuda.manual_seed(mixed)
+        with torch.cuda.device(config.device):
+            torch.cuda.manual_seed(mixed)
 
 
 @contextmanager

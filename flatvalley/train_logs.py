@@ -8,6 +8,7 @@ from typing import Any
 
 from flatvalley.checkpoints import storage_errors
 from flatvalley.run import Row, Run
+from flatvalley.train_config import file_name
 
 WRITE_SECONDS = 1.0
 TABLES = ("epochs", "steps", "time")
@@ -72,7 +73,7 @@ class TrainLog:
 
     def _write_events(self, table: str, row: Row) -> None:
         assert self._run is not None and self._open is not None
-        name = str(row.get("folder", "all"))
+        name = file_name(str(row["run"])) if "run" in row else "all"
         step = int(row["step"])
         if name not in self._writers:
             # What an earlier process wrote beyond this step is not shown.

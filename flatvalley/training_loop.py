@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flatvalley.checkpoints import Checkpoints, content, storage_errors
-from flatvalley.divergence import all_finite, careful_step
-from flatvalley.evaluation import evaluate, evaluating
-from flatvalley.models import prepare_model
+from flatvalley.checkpoints import Checkpoints, content
+from flatvalley.divergence import all_finite, locate
+from flatvalley.evaluation import evaluate
 from flatvalley.process_group import sum_over_ranks
 from flatvalley.run import Row, Run
 from flatvalley.schedules import schedule
+from flatvalley.snapshots import snapshot_steps, write_snapshot
+from flatvalley.starts import start_trainees, try_out
 from flatvalley.surroundings import everything_put_back, seed_noise, warnings_noted
 from flatvalley.train_config import TrainConfig
 from flatvalley.train_data import Part, TrainData
 from flatvalley.train_logs import TrainLog
-from flatvalley.trainees import Criterion, Trainee
-from flatvalley.user_code import build, describe
+from flatvalley.trainees import Trainee
 from hessian import NonFiniteError
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -71,11 +70,10 @@ class Training:
         self._checkpoints: Checkpoints | None = None
         self._checkpoint_seconds = math.inf
         self._run: Run | None = None
-        self._snapshots = _snapshot_steps(config, self.num_steps)
-        self._classifies = False
+        self._snapshots = snapshot_steps(config, self.num_steps)
         with self.everything_put_back():
             self.trainees = self._start()
-            self._try_out()
+            self._classifies = try_out(self.trainees[0], config, data)
         count = len(self.trainees)
         # Sums since the last reading, on the device: of losses and of right answers.
         self._sums = torch.zeros(count, 2, dtype=torch.float64, device=config.device)
@@ -158,53 +156,9 @@ class Training:
             yield
 
     def _start(self) -> list[Trainee]:
-        """Make the runs anew, all from one start."""
-        config = self.config
-        criterion = _criterion(config)
-        trainees = []
-        for text, spec in zip(config.runs, config.specs, strict=True):
-            model = self._make_model().train().to(config.device)
-            if config.precision == "float64":
-                model = model.double()
-            if self.world_size > 1 and config.device.startswith("cuda"):
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-            model = prepare_model(model, channels_last=config.channels_last, compile=config.compile)
-            trainees.append(
-                Trainee(
-                    text,
-                    spec,
-                    model,
-                    criterion,
-                    config,
-                    num_steps=self.num_steps,
-                    distributed=self.world_size > 1,
-                )
-            )
-        first = trainees[0].weights()
-        for other in trainees[1:]:
-            if any(not torch.equal(t, first[name]) for name, t in other.weights().items()):
-                raise ValueError(
-                    "`make_model` must return the same freshly started model at every call, so "
-                    "that all runs start alike. Set torch's seed in it."
-                )
-        return trainees
-
-    def _try_out(self) -> None:
-        """See whether the model takes the data, before anything is written."""
-        x, y = (t[:2] for t in self.data.test.batches.batch(0))
-        trainee = self.trainees[0]
-        try:
-            with evaluating(trainee.model), trainee.autocast():
-                out = trainee.model(x)
-                trainee.criterion(out, y)
-        except Exception as error:
-            raise ValueError(
-                f"`model` {self.config.model} must be able to evaluate `data` "
-                f"{self.data.name}, inputs of shape {list(x.shape[1:])}, but that raised "
-                f"{describe(error)}."
-            ) from error
-        integral = y.ndim == 1 and not y.is_floating_point()
-        self._classifies = integral and isinstance(out, Tensor) and out.ndim == 2
+        return start_trainees(
+            self.config, self._make_model, num_steps=self.num_steps, world_size=self.world_size
+        )
 
     def _advance(self) -> None:
         """Make one step of every run on the same batch."""
@@ -333,18 +287,8 @@ class Training:
         return {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
 
     def _snapshot(self) -> None:
-        """Write every run's weights as one vector each, for the trajectories."""
-        if self._run is None or not self._snapshots:
-            return
-        tensors = {}
-        for trainee in self.trainees:
-            vector = torch.cat([p.detach().flatten() for p in trainee.params.values()])
-            tensors[trainee.name] = vector
-            for name, buffer in trainee.model.named_buffers():
-                tensors[f"{trainee.name}/{name}"] = buffer
-        name = f"trajectory/step-{self.step:09}.safetensors"
-        with storage_errors(self._run.path / name, "It is written again after a restart."):
-            self._run.write_tensors(name, tensors, {"step": self.step})
+        if self._run is not None and self._snapshots:
+            write_snapshot(self._run, self.step, self.trainees)
 
     def _save(self) -> None:
         """Write a checkpoint, of good weights only."""
@@ -383,57 +327,26 @@ class Training:
         """Go back to the last good state and forward again to see where it went wrong first."""
         end, kept = self.step, "There is no checkpoint before it."
         found = None if self._checkpoints is None else self._checkpoints.latest()
-        self.step, self._last_factor = 0, math.nan
         if found is None:
-            self.trainees = self._start()
+            self.step, self.trainees = 0, self._start()
         else:
             self._load(found.state)
             assert self._checkpoints is not None
-            kept = (
-                f"The last good checkpoint, of step {found.step}, is in {self._checkpoints.folder}."
+            folder = self._checkpoints.folder
+            kept = f"The last good checkpoint, of step {found.step}, is in {folder}."
+        steps = range(self.step, min(end + 1, self.num_steps))
+        batch = self.data.train.batches.batch
+        where = locate(self.trainees, batch, self._factor, self.config, steps)
+        if where is None:
+            where = (
+                f"{str(error).rstrip('.')}. It happened before step {end + 1}, and not again when "
+                "those steps were repeated"
             )
-        cure = "Lower the learning rate of this run, or what prunes it, and use another folder."
-        while self.step <= min(end, self.num_steps - 1):
-            x, y = self.data.train.batches.batch(self.step)
-            for trainee in self.trainees:
-                trainee.set_rate(self._factor(self.step))
-                seed_noise(self.config, self.step, self.rank)
-                what = careful_step(trainee, x, y)
-                flag = torch.tensor([float(what is not None)], device=self.config.device)
-                if float(sum_over_ranks(flag)) > 0:
-                    return NonFiniteError(
-                        f"{what or 'A number of another process'} is not finite in step "
-                        f"{self.step + 1} of {trainee.name}, at learning rate "
-                        f"{trainee.base_lr * self._factor(self.step):g}. {cure} {kept}"
-                    )
-            self.step += 1
         return NonFiniteError(
-            f"{error} It happened before step {end + 1}, and not again when those steps were "
-            f"repeated. {cure} {kept}"
+            f"{where}. Lower the learning rate of this run, or what prunes it, and use another "
+            f"folder. {kept}"
         )
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-
-
-def _criterion(config: TrainConfig) -> Criterion:
-    if config.criterion == "cross-entropy":
-        return nn.functional.cross_entropy
-    found = build(config.criterion, "criterion", seed=config.seed)
-    if not callable(found):
-        raise ValueError(
-            f"`criterion` {config.criterion} must return a function of outputs and targets, got a "
-            f"{type(found).__name__}."
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def _snapshot_steps(config: TrainConfig, num_steps: int) -> frozenset[int]:
-    """Steps after which a snapshot is due; the start is kept beside them."""
-    if not config.snapshots:
-        return frozenset()
-    space = np.geomspace if config.snapshot_spacing == "log" else np.linspace
-    first = 1 if config.snapshot_spacing == "log" else num_steps / config.snapshots
-    found = space(first, num_steps, config.snapshots)
-    return frozenset(int(step) for step in np.rint(found) if step >= 1)

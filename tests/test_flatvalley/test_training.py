@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import sys
+import types
 import warnings
 
 import pytest
@@ -394,3 +396,51 @@ def test_a_folder_of_images_is_trained_on_file_by_file_and_resumes(tmp_path):
     next((tmp_path / "images" / "train" / "dark").iterdir()).unlink()
     with pytest.raises(ValueError, match="differs in data digest"):
         train(config, tmp_path / "run", make_model=model)
+
+
+def test_event_files_get_every_number_and_forget_what_a_kill_undid(digits, tmp_path, monkeypatch):
+    """With a stand-in for TensorBoard, which need not be installed."""
+    opened, written = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.name = folder.rsplit("/", 1)[1]
+            opened.append((self.name, purge_step))
+
+        def add_scalar(self, tag, value, step):
+            written.append((self.name, tag, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            opened.append((self.name, "closed"))
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+
+    class StopError(Exception):
+        pass
+
+    def stop(step, steps, losses):
+        if step == 15:
+            raise StopError
+
+    config = TrainConfig(runs=("sgd", "grda:c=0.01"), epochs=3, batch_size=32, log_every=4)
+    options = {"make_model": network, "data": digits, "tensorboard": True}
+    with pytest.raises(StopError):
+        train(config, tmp_path, checkpoint_seconds=0.0, progress=stop, **options)
+    before = len(written)
+    result = train(config, tmp_path, **options)
+    assert {name for name, _ in opened} == {"sgd", "grda_c0.01", "all"}
+    # The checkpoint is of step 12; the next row is of step 16.
+    assert [purge for name, purge in opened if name == "sgd"] == [1, 16, "closed"]
+    assert not any(value != value for _, _, value, _ in written)
+    expected = {
+        ("sgd", "epochs/test_accuracy", row["test_accuracy"], row["step"])
+        for row in result.tables["epochs"]
+        if row["run"] == "sgd" and row["step"] > 12
+    }
+    assert expected <= set(written[before:])
+    assert ("grda_c0.01", "steps/threshold", result["grda:c=0.01"].row["threshold"], 30) in written
