@@ -228,14 +228,19 @@ class GRDA(Optimizer):
         """
         groups = [g for g in self.param_groups if g["target_sparsity"] is not None or g["c"] > 0]
         pruned = [p for g in groups for p in g["params"]]
-        zeros = sum(int(num_zeros(p)) for p in pruned)
-        return zeros / max(1.0, float(sum(p.numel() for p in pruned)))
+        if not pruned:
+            return 0.0
+        zeros = [num_zeros(p) for p in pruned]
+        total = torch.stack([count.to(zeros[0].device) for count in zeros]).sum()
+        share: float = int(total) / sum(p.numel() for p in pruned)
+        return share
 
     def check_finite(self) -> None:
         """Look for NaN and infinity in the gradients at hand and in the duals.
 
         A dual never recovers from them, so that a call now and then finds what happened since the
-        last one. One pass over gradients and duals, and the host waits for it.
+        last one. One pass over gradients and duals, and the host waits for it. Where parameters
+        are sharded, the rank that holds the bad part raises.
 
         Raises:
             NonFiniteError: Naming the step and the first tensor.
@@ -252,7 +257,6 @@ class GRDA(Optimizer):
                         names.append(f"the {what} of {label}, shape {tuple(p.shape)},")
                         tensors.append(local(t))
                         steps.append(group["step"])
-        # A difference with itself is zero where a number is finite, NaN elsewhere.
         wrong = [t.isfinite().all().logical_not_().to(tensors[0].device) for t in tensors]
         if wrong and (where := torch.stack(wrong).nonzero()).numel():
             first = int(where[0])
@@ -311,9 +315,9 @@ class GRDA(Optimizer):
                     "`sparse=False`."
                 )
             state = self.state[p]
-            if "dual" not in state:
-                state["dual"] = p.detach().clone()
-            dual = state["dual"]
+            dual = state.get("dual")
+            if dual is None:
+                dual = state["dual"] = p.detach().clone()
             if isinstance(p, DTensor):
                 p, dual, grad = local(p), local(dual), local_gradient(p, grad)
             params.append(p)

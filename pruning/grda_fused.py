@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 SOURCE = Path(__file__).with_suffix(".c")
-STREAM_BYTES = 16 << 20
-"""Size of the weights above which they are written past the cache, where they would not stay."""
+STREAM_BYTES = 1 << 20
+"""Size of the weights from which they are written past the cache: with dual and gradient they would
+not stay in a core's own."""
 THREAD_ELEMENTS = 1 << 17
 """Elements for which waking one more thread pays."""
 COMPILERS = ("cc", "gcc", "clang")

@@ -1,6 +1,6 @@
 """The growth that makes gRDA's threshold arrive at a wanted sparsity: measured, then aimed at."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -67,9 +67,15 @@ def constant_for(
     """
     size = sum(v.numel() for duals, _, _ in groups for v in duals)
     stride = -(-size // SAMPLES)
-    counts = _summed(
-        _histogram(v, threshold, reach, stride) for duals, threshold, reach in groups for v in duals
-    )
+    # One histogram, and one sum over ranks, for all duals that are laid out alike.
+    alike: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
+    for duals, threshold, reach in groups:
+        for v in duals:
+            layout = (v.device_mesh, v.placements) if isinstance(v, DTensor) else v.device
+            _, parts = alike.setdefault(layout, (v, []))
+            parts.append(_needed(v, threshold, reach, stride))
+    histograms = [_over_ranks(_histogram(torch.cat(parts)), v) for v, parts in alike.values()]
+    counts = torch.stack([h.to(histograms[0].device) for h in histograms]).sum(0)
     below = counts.cumsum(0)
     wanted = target * below[-1:].double()
     i = torch.searchsorted(below, wanted.ceil().to(below.dtype)).clamp_(max=_BINS - 1)
@@ -80,14 +86,17 @@ def constant_for(
     return torch.where(i == 0, 0.0, value).squeeze(0)
 
 
-def _histogram(v: Tensor, threshold: Number, reach: Number, stride: int) -> Tensor:
+def _needed(v: Tensor, threshold: Number, reach: Number, stride: int) -> Tensor:
+    """The c that zeroes each coordinate, of every ``stride``-th one on this rank."""
     local = v.to_local() if isinstance(v, DTensor) else v
-    needed = local.detach().reshape(-1)[::stride].abs().float()
-    needed = needed.sub_(threshold).div_(reach).nan_to_num_(0.0, torch.inf).clamp_(min=0.0)
-    bins = (needed.view(torch.int32) >> _DROPPED_BITS).long()
-    counts = torch.zeros(_BINS, dtype=torch.int64, device=local.device)
-    counts.scatter_add_(0, bins, torch.ones_like(bins))
-    return _over_ranks(counts, v)
+    c = local.detach().reshape(-1)[::stride].abs().float().sub_(threshold).div_(reach)
+    return c.nan_to_num_(0.0, torch.inf).clamp_(min=0.0)
+
+
+def _histogram(values: Tensor) -> Tensor:
+    bins = (values.view(torch.int32) >> _DROPPED_BITS).long()
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=values.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins))
 
 
 def _over_ranks(counts: Tensor, v: Tensor) -> Tensor:
@@ -96,14 +105,6 @@ def _over_ranks(counts: Tensor, v: Tensor) -> Tensor:
         return counts
     placements = [Partial() if p.is_shard() else p for p in v.placements]
     total: Tensor = DTensor.from_local(counts, v.device_mesh, placements).full_tensor()
-    return total
-
-
-def _summed(counts: Iterable[Tensor]) -> Tensor:
-    total: Tensor | None = None
-    for c in counts:
-        total = c if total is None else total.add_(c.to(total.device, non_blocking=True))
-    assert total is not None
     return total
 
 
