@@ -42,21 +42,33 @@ def without_fused_recurrence(*, mkldnn: bool) -> Iterator[None]:
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Multiply float32 matrices inside the block with all their bits, or on a GPU in TF32."""
-    backends: Any = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
-        on_device = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-        on_cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-        names = [(part, "fp32_precision") for part in (on_device if tf32 else on_device + on_cpu)]
-        with _set(names, "tf32" if tf32 else "ieee"):
-            yield
-        return
-    with _ONE_AT_A_TIME, _set([(backends.cudnn, "allow_tf32")], tf32):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    parts: list[Any] = []
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9
+        backends: Any = torch.backends
+        mkldnn = backends.mkldnn
+        parts = [matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        parts += [] if tf32 else [mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    with _ONE_AT_A_TIME:
+        exact = [part.fp32_precision for part in parts]
         try:
+            before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, matmul.allow_tf32
+        except RuntimeError:  # torch refuses the older names where the newer ones were used
+            before = None
+        try:
+            if before is None:
+                for part in parts:
+                    part.fp32_precision = "tf32" if tf32 else "ieee"
+            else:  # models may ask for these, as `torch.backends.cudnn.flags` does
+                torch.set_float32_matmul_precision("high" if tf32 else "highest")
+                cudnn.allow_tf32 = tf32
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            if before is not None:
+                torch.set_float32_matmul_precision(before[0])
+                cudnn.allow_tf32 = before[1]
+            for part, old in zip(parts, exact, strict=True):
+                part.fp32_precision = old
 
 
 @contextmanager

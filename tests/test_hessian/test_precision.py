@@ -107,57 +107,92 @@ def test_full_products_stay_full_under_autocast():
         assert torch.is_autocast_enabled("cpu")
 
 
-def settings():
+def newer():
     backends = torch.backends
     return [
         *(part.fp32_precision for part in (backends.cuda.matmul, backends.cudnn.conv)),
         *(part.fp32_precision for part in (backends.cudnn.rnn, backends.mkldnn.matmul)),
-        *(backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
+        *(part.fp32_precision for part in (backends.mkldnn.conv, backends.mkldnn.rnn, backends)),
         *(backends.cudnn.enabled, backends.mkldnn.enabled),
     ]
 
 
-@pytest.mark.parametrize("asked", ["highest", "medium"])
+def older():
+    """Torch refuses to answer where the newer names were used."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return cuda.matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+FULL = {"ieee", "none"}
+
+
+@pytest.mark.parametrize("asked", ["highest", "medium", "newer names"])
 def test_global_settings_hold_for_others_and_are_put_back(asked):
     objective = in_float32(cases()["tanh MLP"])
-    H = hessian_operator(objective)
-    seen: list[tuple[str, ...]] = []
+    seen, asked_older, inside = [], asked != "newer names", False
 
     def criterion(output, target):
-        part = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-        seen.append((*part, torch.backends.mkldnn.matmul.fp32_precision))
+        if inside:
+            seen.append(newer()[:6])
+        if inside and asked_older:
+            assert older() == (False, False, "highest")
+            with torch.backends.cudnn.flags(enabled=False):
+                pass
         return nn.functional.cross_entropy(output, target)
 
-    outside = Objective(objective.model, criterion, list(objective.batches()))
-    H = hessian_operator(outside, memory_budget=0)
-    torch.set_float32_matmul_precision(asked)
+    v = torch.ones(objective.size)
+    if asked_older:
+        torch.set_float32_matmul_precision(asked)
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        before = settings()
-        seen.clear()
-        H @ torch.ones(H.size)
-        assert set(seen) == {("ieee",) * 3}
-        assert settings() == before
+        before = newer(), older() if asked_older else None
+        outside = Objective(objective.model, criterion, list(objective.batches()))
+        H = hessian_operator(outside, memory_budget=0)
+        inside = True
+        H @ v
+        assert len(seen) == 1
+        assert set(seen[0]) <= FULL
+        assert (newer(), older() if asked_older else None) == before
         with pytest.raises(ZeroDivisionError), float32_products(tf32=True):
             assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-            assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+            assert set(newer()[1:3]) <= {"tf32", "none"}
+            if asked_older:
+                assert older() == (True, True, "high")
             with without_fused_recurrence(mkldnn=True):
-                assert not torch.backends.cudnn.enabled
-                assert not torch.backends.mkldnn.enabled
+                assert newer()[-2:] == [False, False]
                 raise ZeroDivisionError
-        assert settings() == before
+        assert (newer(), older() if asked_older else None) == before
     finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
+    assert older() == (False, True, "highest")
 
 
 def test_older_versions_of_torch_have_the_older_settings():
-    hidden = [torch.backends.cuda.matmul, torch.backends.cudnn]
     with mock.patch("hessian.torch_settings.hasattr", lambda *_: False, create=True):
-        before = settings()
+        before = older()
         with float32_products(tf32=True):
-            assert all(part.allow_tf32 for part in hidden)
+            assert older() == (True, True, "high")
         with float32_products(tf32=False):
-            assert not any(part.allow_tf32 for part in hidden)
-    assert settings()[4:] == before[4:]
+            assert older() == (False, False, "highest")
+        assert older() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("name", PLAIN[:2])
+def test_products_on_a_gpu_are_full_unless_asked_otherwise(name, precision):
+    case, truth = cases()[name], dense_derivatives(name)[3]
+    data = [
+        map_tensors(b, lambda t: t.float() if t.is_floating_point() else t) for b in [case.data]
+    ]
+    objective = Objective(copy.deepcopy(case.model).float().cuda(), case.criterion, data)
+    eye = torch.eye(objective.size, device="cuda")
+    full = (hessian_operator(objective) @ eye).double().cpu()
+    assert distance(full, truth) < 1e-5
+    fast = (hessian_operator(objective, precision=precision) @ eye).double().cpu()
+    assert distance(fast, truth) < 4 * BFLOAT16
 
 
 @pytest.mark.parametrize(
