@@ -43,7 +43,9 @@ ROUNDS = 10
 """Optimizer steps in one measurement: one alone is shorter than the clock's own cost."""
 
 
-def shortened(recipe: Recipe, epochs: int) -> tuple[TrainConfig, dict[str, str]]:
+def shortened(
+    recipe: Recipe, epochs: int, mus: list[float] | None
+) -> tuple[TrainConfig, dict[str, str]]:
     """Return the recipe with fewer epochs, and every run's counterpart in the paper.
 
     The threshold at the end is proportional to c · E^μ at E epochs of the same schedule, so c is
@@ -52,6 +54,8 @@ def shortened(recipe: Recipe, epochs: int) -> tuple[TrainConfig, dict[str, str]]
     runs: list[str] = []
     counterpart: dict[str, str] = {}
     for text, spec in zip(recipe.config.runs, recipe.config.specs, strict=True):
+        if spec.name == "grda" and mus and spec.settings["mu"] not in mus:
+            continue
         versions = [text]
         if spec.name == "grda" and epochs < recipe.config.epochs:
             c, mu = spec.settings["c"], spec.settings["mu"]
@@ -98,8 +102,9 @@ def trained(
             f"{run.name:28}{100 * run.test_accuracy:9.2f}%{100 * run.sparsity:8.2f}%"
             f"{run.row['threshold']:11.4f}{100 * accuracy:11.2f}%{100 * zeros:8.2f}%"
         )
-    kept = sum(p.stat().st_size for p in folder.glob("*/*.safetensors")) / 2**20
-    lines += [f"weights kept in {folder}: {kept:.0f} MiB", ""]
+    ends = [path.parent for path in folder.glob("*/weights.safetensors")]
+    compact = sum(min(p.stat().st_size for p in end.glob("*.safetensors")) for end in ends)
+    lines += [f"weights kept in {folder}, {compact / 2**20:.0f} MiB in the compact form", ""]
     record = {
         "epochs": config.epochs,
         "seconds": seconds,
@@ -215,6 +220,7 @@ def main() -> None:
     parser.add_argument("--precision", default="tf32", choices=["float32", "tf32", "bf16"])
     parser.add_argument("--vgg16-epochs", type=int, default=60, help="0 leaves VGG16 out")
     parser.add_argument("--wrn-epochs", type=int, default=20, help="0 leaves WRN-28-10 out")
+    parser.add_argument("--mus", type=float, nargs="*", help="only these of the paper's exponents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/train_gpu"))
     # A trial of the script itself on a CPU: a few random images, small epochs, nothing kept.
@@ -233,7 +239,7 @@ def main() -> None:
     for name, epochs in wanted.items():
         if not epochs:
             continue
-        config, counterpart = shortened(RECIPES[name], 1 if tiny else epochs)
+        config, counterpart = shortened(RECIPES[name], 1 if tiny else epochs, arguments.mus)
         config = replace(
             config,
             device=device,
