@@ -133,6 +133,7 @@ plt.show()
 # every sparsity, and clearly less at 98 %. It needs a ranking of all weights and never takes one
 # back; gRDA needs one subtraction, a zero can return, and its weights have a theory.
 
+
 # %%
 def mean_accuracy(method, target):
     return sum(end["accuracy"] for end in ends[method, target]) / len(SEEDS)
