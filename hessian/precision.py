@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Literal, get_args
 
 import torch
@@ -60,6 +61,7 @@ def with_precision(
     """
     one_at_a_time = threading.Lock()
 
+    @wraps(product)
     def made(v: Tensor) -> Tensor:
         with one_at_a_time, _arithmetic(objective, precision):
             return product(v)

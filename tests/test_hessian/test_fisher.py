@@ -233,7 +233,7 @@ def test_draws_of_a_neighbouring_seed_are_no_shifted_copy():
 
 
 def _targets_of(A):
-    return A.product.__self__._part.__self__._targets
+    return A.product.__wrapped__.__self__._part.__self__._targets
 
 
 def test_own_draws_serve_any_criterion():

@@ -391,18 +391,15 @@ def test_infinite_derivatives_at_a_finite_loss_name_the_parameter():
         objective.gradient(torch.zeros(1).double())
 
 
-@pytest.mark.parametrize(
-    ("memory_budget", "message"),
-    [(0, r"in the first product and is .* now"), (None, r"was changed in place since the first")],
-)
-def test_an_operator_whose_loss_changes_between_products_is_refused(memory_budget, message):
+@pytest.mark.parametrize("memory_budget", [0, None])
+def test_an_operator_whose_loss_changes_between_products_is_refused(memory_budget):
     case = cases()["CNN with frozen batch norm"]
     objective = Objective(copy.deepcopy(case.model), case.criterion, case.data)
     H = hessian_operator(objective, memory_budget=memory_budget)
     v = objective.weights()
     H @ v
     objective.model[1].running_mean += 0.1
-    with pytest.raises(NonDeterministicError, match=message):
+    with pytest.raises(NonDeterministicError, match=r"`1.running_mean`, .* has changed since"):
         H @ v
 
 
