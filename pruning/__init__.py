@@ -1,5 +1,9 @@
 """Sparse weights from dense ones without leaving the valley: directional pruning and gRDA."""
 
+from pruning.batch_statistics import recalibrate_batch_norm_
+from pruning.compensated import CompensatedPruned, compensated_prune
+from pruning.compensated_solvers import EigenspaceSolver, KrylovSolver, Stage
+from pruning.dense_distance import DenseDistance
 from pruning.directional import (
     Pruned,
     directional_prune,
@@ -8,6 +12,7 @@ from pruning.directional import (
     magnitude_prune,
     soft_threshold,
 )
+from pruning.directional_path import PathPruned, directional_path
 from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
@@ -16,18 +21,27 @@ from pruning.transport import Transport
 
 __all__ = [
     "GRDA",
+    "CompensatedPruned",
+    "DenseDistance",
+    "EigenspaceSolver",
     "GradualMagnitude",
+    "KrylovSolver",
+    "PathPruned",
     "Pruned",
     "Scores",
     "SparsityWarning",
+    "Stage",
     "TheoremWarning",
     "Transport",
+    "compensated_prune",
+    "directional_path",
     "directional_prune",
     "directional_scores",
     "first_clip",
     "flat_response",
     "lambda_for_sparsity",
     "magnitude_prune",
+    "recalibrate_batch_norm_",
     "schedule_response",
     "soft_threshold",
 ]

@@ -86,7 +86,7 @@ def magnitude_prune(w: Float[Tensor, " d"], sparsity: float) -> Pruned:
         ValueError: If sparsity is outside [0, 1], or w is not a finite flat vector.
     """
     require_weights(w)
-    drop = w.abs().argsort(stable=True)[: _wanted_zeros(sparsity, len(w))]
+    drop = w.abs().argsort(stable=True)[: wanted_zeros(sparsity, len(w))]
     pruned = w.clone()
     pruned[drop] = 0.0
     return _result(pruned, math.nan)
@@ -124,7 +124,7 @@ def lambda_for_sparsity(w: Float[Tensor, " d"], scores: Scores, sparsity: float)
             message says how far they reach), or w and scores do not fit or are not finite.
     """
     s = _fitting_values(w, scores)
-    wanted = _wanted_zeros(sparsity, len(w))
+    wanted = wanted_zeros(sparsity, len(w))
     levels = torch.full_like(w, math.inf)
     levels[s > 0] = w[s > 0].abs() / s[s > 0]
     levels[w == 0] = 0.0
@@ -156,7 +156,8 @@ def _result(weights: Tensor, lam: float) -> Pruned:
     return Pruned(weights, mask, 1.0 - int(mask.sum()) / len(weights), lam)
 
 
-def _wanted_zeros(sparsity: float, size: int) -> int:
+def wanted_zeros(sparsity: float, size: int) -> int:
+    """Return how many zeros among ``size`` weights make up a share, after a look at it."""
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"`sparsity` must be in [0, 1], the share of zeros, got {sparsity}.")
     # A share that was computed as zeros / size must give the zeros back.

@@ -1,0 +1,213 @@
+"""Pruning in stages, where the weights that stay move to make up for those that go."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hessian import ConvergenceWarning, Objective
+from pruning.compensated_solvers import EigenspaceSolver, Estimate, KrylovSolver, Stage
+from pruning.directional import Pruned, wanted_zeros
+from pruning.scores import require_weights
+
+DEFAULT_STAGES = 12
+
+
+@dataclass(frozen=True)
+class CompensatedPruned(Pruned):
+    """Weights after compensated pruning, and how they came about."""
+
+    stages: tuple[Stage, ...]
+    predicted_change: float
+    """Sum of the stages' predictions of the change of the loss."""
+    measured_change: float
+    """Loss at the end less loss at the start; NaN where the curvature knows no loss."""
+    num_products: int
+    num_losses: int
+    """Forward passes for line searches."""
+    converged: bool
+    """Whether every stage's solver met its tolerance; a budget that ran out is no failure."""
+    notes: tuple[str, ...]
+    """What went otherwise than planned."""
+
+
+def compensated_prune(
+    w: Float[Tensor, " d"],
+    curvature: Objective | Estimate,
+    *,
+    sparsity: float,
+    solver: Literal["krylov", "eigenspace"] | KrylovSolver | EigenspaceSolver = "krylov",
+    stages: int | Sequence[float] = DEFAULT_STAGES,
+    exclude: Sequence[str] = (),
+    on_stage: Callable[[Stage, Tensor], None] | None = None,
+) -> CompensatedPruned:
+    """Remove weights stage by stage, moving the ones that stay to keep the outputs or the loss.
+
+    All weights in w compete in one ranking, biases and normalisation included, and all count for
+    the sparsity. Nothing is written into a model: ``objective.write_(result.weights)`` does that.
+
+    ============== =========================== ===========================================
+    ``solver``     ``curvature``               the weights that stay
+    ============== =========================== ===========================================
+    ``krylov``     a ``DenseDistance``         solve a system with the Gauss-Newton matrix
+                                               by conjugate gradients; no labels
+    ``eigenspace`` an ``Objective``, or a      keep the removed weights' effect on the k
+                   function of (w, alive)      sharpest directions
+    ============== =========================== ===========================================
+
+    Args:
+        w: Weights before, shape [d]. Zeros stay zero. For a ``DenseDistance``, usually
+            ``distance.weights()``.
+        curvature: See the table. Evaluated anew at every stage.
+        sparsity: Share of zeros wanted, in [0, 1): ⌈sparsity · d⌉ zeros result, exactly.
+        solver: A name for its defaults, or a ``KrylovSolver`` or ``EigenspaceSolver``.
+        stages: Sparsities on the way, increasing; the last one may be left out. A number n cuts
+            the way so that every stage removes the same share of the weights that are left.
+        exclude: Glob patterns of parameters that stay as many as they are. They may move, and
+            count for the sparsity. Needs an ``Objective`` as curvature.
+        on_stage: Called after every stage with its evidence and the weights; do not change them.
+
+    Returns:
+        The weights, with the evidence of every stage.
+
+    Raises:
+        ValueError: If w is not finite or does not fit, the sparsity is out of range or cannot be
+            reached with what is excluded or is below that of w, stages do not increase, or a
+            pattern matches nothing.
+        TypeError: If the curvature is not what the solver takes.
+        NonFiniteError: If a loss or a product is not finite.
+
+    Warns:
+        ConvergenceWarning: If a stage's move did not lower the loss and was left out, or an
+            eigenspace did not converge; the notes say which.
+
+    Example:
+        >>> import torch
+        >>> from pruning import DenseDistance, KrylovSolver
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.1]]))
+        >>> X = torch.tensor([[1.0, 1.0], [1.0, 0.9]])  # almost the same input twice
+        >>> distance = DenseDistance(model, X, kind="squared")
+        >>> solver = KrylovSolver(damping=1e-3)
+        >>> w = distance.weights()
+        >>> pruned = compensated_prune(w, distance, sparsity=0.5, solver=solver, stages=1)
+        >>> pruned.weights.round(decimals=1)  # magnitude pruning leaves 1.0
+        tensor([1.1000, 0.0000])
+
+    References:
+        Hassibi & Stork (1993), Second order derivatives for network pruning: Optimal Brain
+        Surgeon.
+        Singh & Alistarh (2020), WoodFisher.
+    """
+    require_weights(w)
+    options = _solver(solver)
+    objective = curvature if isinstance(curvature, Objective) else None
+    if objective is not None:
+        objective.require_vector(w, "w")
+    run = options.begin(w, curvature)
+    alive = w != 0
+    prunable = _prunable(w, objective, exclude)
+    goals = _counts(w, sparsity, stages, may_go=int((alive & prunable).sum()))
+    made: list[Stage] = []
+    notes: list[str] = []
+    for goal in goals:
+        gone = len(w) - int(alive.sum())
+        w, alive, stage = run.next(w, alive, prunable, goal - gone)
+        made.append(stage)
+        if stage.length == 0.0:
+            notes.append(
+                f"At sparsity {stage.sparsity:.4f} no move of the weights that stay lowered the "
+                "loss, so they were left where they were: raise `damping` or take more stages."
+            )
+        if not stage.converged and isinstance(options, EigenspaceSolver):
+            notes.append(
+                f"At sparsity {stage.sparsity:.4f} the eigenspace did not converge (largest "
+                f"residual {stage.residual:.3g}): raise `max_products` or `tol`."
+            )
+        if on_stage is not None:
+            on_stage(stage, w)
+    for note in notes:
+        warnings.warn(note, ConvergenceWarning, stacklevel=2)
+    mask = w != 0
+    return CompensatedPruned(
+        w,
+        mask,
+        1.0 - int(mask.sum()) / len(w),
+        math.nan,
+        tuple(made),
+        sum(stage.predicted_change for stage in made),
+        made[-1].loss - made[0].loss_before if made else 0.0,
+        sum(stage.num_products for stage in made),
+        sum(stage.num_losses for stage in made),
+        not notes,
+        tuple(notes),
+    )
+
+
+def _solver(solver: object) -> KrylovSolver | EigenspaceSolver:
+    if isinstance(solver, KrylovSolver | EigenspaceSolver):
+        return solver
+    if solver == "krylov":
+        return KrylovSolver()
+    if solver == "eigenspace":
+        return EigenspaceSolver()
+    raise ValueError(
+        '`solver` must be "krylov", "eigenspace", a KrylovSolver or an EigenspaceSolver, got '
+        f"{solver!r}."
+    )
+
+
+def _prunable(w: Tensor, objective: Objective | None, exclude: Sequence[str]) -> Tensor:
+    """Return True for the weights that may go."""
+    marks = torch.ones_like(w)
+    if exclude and objective is None:
+        raise ValueError(
+            "`exclude` needs an Objective as `curvature`, which knows the parameters by name."
+        )
+    parts = {} if objective is None else objective.unflatten(marks)
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        hits = [name for name in parts if fnmatchcase(name, pattern)]
+        if not hits:
+            raise ValueError(f'`exclude` pattern "{pattern}" matches none of {", ".join(parts)}.')
+        for name in hits:
+            parts[name].zero_()
+    return marks != 0
+
+
+def _counts(w: Tensor, sparsity: float, stages: int | Sequence[float], *, may_go: int) -> list[int]:
+    """Return the number of zeros after every stage."""
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"`sparsity` must be in [0, 1), the share of zeros, got {sparsity}.")
+    size, zeros = len(w), int((w == 0).sum())
+    wanted = wanted_zeros(sparsity, size)
+    if wanted < zeros:
+        raise ValueError(
+            f"`sparsity` must be at least {zeros / size:.4f}, the share of zeros in `w` already, "
+            f"got {sparsity}. Zeros do not come back."
+        )
+    if wanted - zeros > may_go:
+        raise ValueError(
+            f"`sparsity` must be at most {(zeros + may_go) / size:.4f} with what `exclude` keeps, "
+            f"got {sparsity}."
+        )
+    if isinstance(stages, int):
+        if stages < 1:
+            raise ValueError(f"`stages` must be at least 1, got {stages}.")
+        left = (size - wanted) / (size - zeros)
+        shares = [1.0 - (size - zeros) / size * left ** (i / stages) for i in range(1, stages)]
+    else:
+        shares = [share for share in stages if share != sparsity]
+        if any(b <= a for a, b in itertools.pairwise([0.0, *shares, sparsity])):
+            raise ValueError(
+                f"`stages` must increase from above 0 up to `sparsity`={sparsity}, got "
+                f"{list(stages)}."
+            )
+    counts = [wanted_zeros(share, size) for share in shares] + [wanted]
+    return sorted({count for count in counts if count > zeros})
