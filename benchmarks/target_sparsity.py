@@ -4,8 +4,8 @@ SGD, gRDA with ``target_sparsity`` and gradual magnitude pruning: the same start
 the same number of epochs and learning rate, three seeds. Accuracy is that on the test images after
 the last epoch, whatever it was before; all weights count in the sparsity. What had to be chosen was
 chosen on 10,000 of the training images that were held out, with a seed of its own. A constant rate
-ends wherever its noise leaves it: SGD and gRDA with one, and then all three with a
-tenth of it at the end.
+ends wherever its noise leaves it: SGD and gRDA with one, and then all three with a tenth
+of it at the end.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from timing import report
-from training_cells import Cell, Cells, Row, table
+from training_cells import Cell, Cells, Row, points_below, table
 
 from flatvalley.data import load_dataset
 from flatvalley.train_config import TrainConfig
@@ -50,7 +50,9 @@ PLANS = {
         "end=0.75,keep=*bias",
         ("magnitude:target=0.95,end=0.5,keep=*bias", "magnitude:target=0.95,end=0.75,keep=*bias"),
     ),
-    "lenet-5": Plan("lenet-5", 4, "step:at=3", "end=0.75,keep=*bias"),
+    # Too short: what is left has one epoch to train after the landing, at a tenth of the rate.
+    "lenet-5-short": Plan("lenet-5", 4, "step:at=3"),
+    "lenet-5": Plan("lenet-5", 8, "step:at=7", "end=0.75,keep=*bias"),
 }
 
 
@@ -96,22 +98,24 @@ def lines_for(plan: Plan, cells: Cells) -> list[str]:
     ]
 
 
-def verdicts(plan: Plan, ends: dict[Row, list[Cell]]) -> list[str]:
+def verdicts(plan: Plan, ends: dict[Row, dict[int, Cell]]) -> list[str]:
     """Return one line for each thing that must hold."""
     title = f"{plan.model}, {plan.schedule} rate"
-    off = max(abs(c.sparsity - target) for target in TARGETS for c in ends["gRDA", target])
-    lines = [
-        f"{_word(off <= 0.01)} {title}: sparsity within .01 of the target in all "
-        f"{len(TARGETS) * len(SEEDS)} runs of gRDA (largest distance {off:.4f})"
-    ]
-    for target, allowed in POINTS_BELOW.items():
-        below = statistics.mean(c.accuracy for c in ends["SGD", 0.0]) - statistics.mean(
-            c.accuracy for c in ends["gRDA", target]
-        )
+    off = [abs(c.sparsity - t) for t in TARGETS for c in ends["gRDA", t].values()]
+    lines = []
+    if off:
         lines.append(
-            f"{_word(below <= allowed)} {title}: at {target:.2f} gRDA is {below:.2f} points "
-            f"below SGD in the mean (allowed: {allowed})"
+            f"{_word(max(off) <= 0.01)} {title}: sparsity within .01 of the target in all "
+            f"{len(off)} runs of gRDA (largest distance {max(off):.4f})"
         )
+    for target, allowed in POINTS_BELOW.items():
+        found = points_below(ends, ("gRDA", target))
+        if found:
+            below = statistics.mean(found)
+            lines.append(
+                f"{_word(below <= allowed)} {title}: at {target:.2f} gRDA is {below:.2f} points "
+                f"below SGD in the mean of {len(found)} seeds (allowed: {allowed})"
+            )
     return lines
 
 
@@ -123,7 +127,8 @@ def choices(plan: Plan, cells: Cells) -> list[str]:
     for run in plan.choices:
         config = replace(settings(plan, run, CHOOSING_SEED), validation=1 / 6)
         cell = cells.get(config)
-        lines.append(f"  {run:44}{cell.accuracy:7.2f} % at sparsity {cell.sparsity:.4f}")
+        if cell is not None:
+            lines.append(f"  {run:44}{cell.accuracy:7.2f} % at sparsity {cell.sparsity:.4f}")
     return lines
 
 
@@ -134,19 +139,16 @@ def _word(held: bool) -> str:
 def main() -> None:
     """Run one network or both; print and keep the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", choices=list(PLANS), help="only this table")
-    parser.add_argument("--choose", action="store_true", help="only what is chosen beforehand")
+    parser.add_argument("--plan", choices=list(PLANS), help="train for this table only")
+    parser.add_argument("--known", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cells = Cells("target_sparsity", load_dataset("mnist"))
-    plans = [PLANS[arguments.plan]] if arguments.plan else list(PLANS.values())
-    if arguments.choose:
-        for plan in plans:
-            print("\n".join(choices(plan, cells)))
-        return
-    lines = [line for plan in plans for line in lines_for(plan, cells)]
-    name = "target_sparsity" + (f"-{arguments.plan}" if arguments.plan else "")
-    report(name, [*(__doc__ or "").strip().splitlines(), "", *lines])
+    known = Cells("target_sparsity", None)
+    cells = known if arguments.known else Cells("target_sparsity", load_dataset("mnist"))
+    lines = []
+    for name, plan in PLANS.items():
+        lines += lines_for(plan, cells if arguments.plan in (None, name) else known)
+    report("target_sparsity", [*(__doc__ or "").strip().splitlines(), "", *lines])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,21 @@ from flatvalley.train_config import TrainConfig
 from flatvalley.training import train
 from hessian.storage import write_atomically
 
+NAMES = (
+    "model",
+    "data",
+    "train_samples",
+    "validation",
+    "runs",
+    "epochs",
+    "batch_size",
+    "lr",
+    "schedule",
+    "augment",
+    "seed",
+)
+"""The settings by which a run is known in the file."""
+
 Row = tuple[str, float]
 """Method and wanted sparsity; ``("SGD", 0.0)`` is the one that the others are compared with."""
 
@@ -34,16 +49,21 @@ class Cell:
 
 
 class Cells:
-    """Runs of ``train`` by their settings; those that are in the file are not made again."""
+    """Runs of ``train`` by their settings; those that are in the file are not made again.
 
-    def __init__(self, name: str, data: Dataset) -> None:
+    Without data none is made, and only what is in the file is found.
+    """
+
+    def __init__(self, name: str, data: Dataset | None) -> None:
         self.path, self.data = RESULTS / f"{name}.json", data
 
-    def get(self, config: TrainConfig) -> Cell:
+    def get(self, config: TrainConfig) -> Cell | None:
         """Return the end of the only run of these settings; train it if it is not known."""
-        key = json.dumps(config.identity(), sort_keys=True)
+        key = " ".join(f"{name}={getattr(config, name)}" for name in NAMES)
         found = self._read().get(key)
         if found is None:
+            if self.data is None:
+                return None
             say(f"{config.model} {config.runs[0]} seed {config.seed}, {config.epochs} epochs")
             cell = self._train(config)
             say(f"  {cell.accuracy:.2f} % at sparsity {cell.sparsity:.4f}")
@@ -73,12 +93,14 @@ class Cells:
         runs: Mapping[Row, str],
         configs: Callable[[str, int], TrainConfig],
         seeds: Sequence[int],
-    ) -> dict[Row, list[Cell]]:
-        """Return the cells of every row of a table, seed by seed."""
-        found: dict[Row, list[Cell]] = {row: [] for row in runs}
+    ) -> dict[Row, dict[int, Cell]]:
+        """Return the cells of every row of a table by seed, as far as they are known."""
+        found: dict[Row, dict[int, Cell]] = {row: {} for row in runs}
         for seed in seeds:
             for row, run in runs.items():
-                found[row].append(self.get(configs(run, seed)))
+                cell = self.get(configs(run, seed))
+                if cell is not None:
+                    found[row][seed] = cell
         return found
 
     def _read(self) -> dict[str, Any]:
@@ -86,23 +108,34 @@ class Cells:
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def table(ends: Mapping[Row, Sequence[Cell]]) -> list[str]:
+def table(ends: Mapping[Row, Mapping[int, Cell]]) -> list[str]:
     """Return mean and range over the seeds for every row."""
-    dense = [cell.accuracy for cell in ends["SGD", 0.0]]
     lines = [
-        f"{'':10}{'target':>7}{'sparsity':>10}{'range':>16}{'accuracy':>10}{'range':>14}"
+        f"{'':10}{'target':>7}{'seeds':>6}{'sparsity':>10}{'range':>16}{'accuracy':>10}{'range':>14}"
         f"{'below SGD':>11}{'worst':>7}{'c':>10}"
     ]
     for (method, target), cells in ends.items():
-        sparsities, accuracies = [c.sparsity for c in cells], [c.accuracy for c in cells]
-        below = [d - a for d, a in zip(dense, accuracies, strict=True)]
+        start = f"{method:10}{target:7.2f}{len(cells):6}"
+        if not cells:
+            lines.append(start)
+            continue
+        sparsities, accuracies = (
+            [getattr(cell, name) for cell in cells.values()] for name in ("sparsity", "accuracy")
+        )
+        below = points_below(ends, (method, target))
         lines.append(
-            f"{method:10}{target:7.2f}{statistics.mean(sparsities):10.4f}"
-            f"{_range(sparsities, 4):>16}{statistics.mean(accuracies):10.2f}"
-            f"{_range(accuracies, 2):>14}{statistics.mean(below):11.2f}{max(below):7.2f}"
-            + (f"{statistics.mean(c.constant for c in cells):10.5f}" if method == "gRDA" else "")
+            f"{start}{statistics.mean(sparsities):10.4f}{_range(sparsities, 4):>16}"
+            f"{statistics.mean(accuracies):10.2f}{_range(accuracies, 2):>14}"
+            f"{statistics.mean(below):11.2f}{max(below):7.2f}"
+            + (f"{statistics.mean(c.constant for c in cells.values()):10.5f}" * (method == "gRDA"))
         )
     return lines
+
+
+def points_below(ends: Mapping[Row, Mapping[int, Cell]], row: Row) -> list[float]:
+    """Return by how much SGD of the same seed is better, for every seed of a row."""
+    dense = ends["SGD", 0.0]
+    return [dense[seed].accuracy - cell.accuracy for seed, cell in ends[row].items()]
 
 
 def _range(values: Sequence[float], digits: int) -> str:
