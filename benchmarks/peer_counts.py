@@ -100,17 +100,6 @@ def rayleigh(V: Tensor, HV: Tensor) -> tuple[float, list[float]]:
     return residual, sorted(values.tolist(), key=abs, reverse=True)
 
 
-def spanning(V: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q and C with V = Q C up to ``NEGLIGIBLE``, Q of as few orthonormal columns as do."""
-    Q = torch.empty(len(V), 0, dtype=torch.float64, device=V.device)
-    for v in V.to(torch.float64).T:
-        rest = v - Q @ (Q.T @ v)
-        rest = rest - Q @ (Q.T @ rest)
-        if rest.norm() > NEGLIGIBLE * v.norm():
-            Q = torch.cat([Q, (rest / rest.norm())[:, None]], dim=1)
-    return Q.to(V.dtype), Q.T @ V.to(torch.float64)
-
-
 def orthonormal(V: Tensor) -> Tensor:
     """Return the vectors made orthonormal, so that copies of one pair are found out."""
     return torch.linalg.qr(V.to(torch.float64))[0].to(torch.float32)
