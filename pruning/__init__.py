@@ -15,12 +15,14 @@ from pruning.directional import (
 from pruning.directional_path import PathPruned, directional_path
 from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
+from pruning.saliency import CalibrationWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
 from pruning.sparsity_target import SparsityWarning
 from pruning.transport import Transport
 
 __all__ = [
     "GRDA",
+    "CalibrationWarning",
     "CompensatedPruned",
     "DenseDistance",
     "EigenspaceSolver",

@@ -33,7 +33,8 @@ class CompensatedPruned(Pruned):
     num_losses: int
     """Forward passes for line searches."""
     converged: bool
-    """Whether every stage's solver met its tolerance; a budget that ran out is no failure."""
+    """Whether there are no notes. Conjugate gradients that used up their budget make none: the
+    stage's ``residual`` and ``converged`` tell."""
     notes: tuple[str, ...]
     """What went otherwise than planned."""
 
@@ -87,6 +88,8 @@ def compensated_prune(
     Warns:
         ConvergenceWarning: If a stage's move did not lower the loss and was left out, or an
             eigenspace did not converge; the notes say which.
+        CalibrationWarning: If a layer has more inputs than there are calibration rows for it.
+        CalibrationWarning: If a layer has more inputs than there are calibration rows for it.
 
     Example:
         >>> import torch

@@ -1,6 +1,7 @@
 """The two ways to make one stage of compensated pruning: by products, or by an eigenspace."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -17,7 +18,12 @@ from hessian import (
 from pruning.dense_distance import DenseDistance
 from pruning.eigenspace_compensation import remove_compensated
 from pruning.krylov_compensation import compensating_step
-from pruning.saliency import kronecker_factors, kronecker_saliency
+from pruning.saliency import (
+    CalibrationWarning,
+    KroneckerFactors,
+    kronecker_factors,
+    kronecker_saliency,
+)
 
 Estimate: TypeAlias = Callable[[Tensor, Tensor], Eigenspace]
 """Called with w and the mask of weights alive, both of shape [d]: an eigenspace of shape [d, k]."""
@@ -148,6 +154,7 @@ class _KrylovStages:
         o, distance = self._options, self._distance
         factors = kronecker_factors(distance, w, num_draws=o.num_draws, seed=o.seed)
         if self._tau is None:
+            _warn_of_few(factors)
             mean = float(factors.diagonal[alive].double().mean())
             # Outputs that no weight moves leave G = 0, and any τ gives x = 0.
             self._tau = o.damping * mean if mean > 0 else 1.0
@@ -252,6 +259,21 @@ class _Sharpest:
         vectors[:, places] = space.vectors.T
         self._last = vectors.sum(dim=0)
         return replace(space, vectors=vectors.T)
+
+
+def _warn_of_few(factors: KroneckerFactors) -> None:
+    """Tell which layers have fewer calibration rows than inputs."""
+    few = [f for f in factors.layers if f.num_rows < len(f.inputs)]
+    if few:
+        worst = min(few, key=lambda f: f.num_rows / len(f.inputs))
+        warnings.warn(
+            f"{len(few)} of {len(factors.layers)} layers have fewer calibration rows (samples "
+            f"times positions) than inputs, the worst `{worst.weight}` with {worst.num_rows} for "
+            f"{len(worst.inputs)}, so its saliencies rest on `saliency_damping`. Pass more "
+            "calibration inputs, or raise the damping.",
+            CalibrationWarning,
+            stacklevel=4,
+        )
 
 
 def _require_positive(**values: float) -> None:

@@ -21,6 +21,10 @@ LARGEST_FACTOR = 8192
 """Inputs of a layer beyond which its inverse of n³ flops is left out for the diagonal."""
 
 
+class CalibrationWarning(UserWarning):
+    """There are too few calibration inputs for what is to be learned from them."""
+
+
 @dataclass(frozen=True)
 class LayerFactors:
     """Second moments of what goes into a layer, and of the slopes at what comes out."""
@@ -32,6 +36,8 @@ class LayerFactors:
     bias among w."""
     slopes: Float[Tensor, " m"]
     """E Σ g² over a sample's positions, by output."""
+    num_rows: int
+    """Samples times positions behind the moments of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +259,13 @@ def _finished(
 ) -> KroneckerFactors:
     """Divide the sums by what they count, and put the layers' own diagonals in."""
     layers = tuple(
-        LayerFactors(name, bias, tape.inputs[name] / tape.counts[name], tape.slopes[name] / samples)
+        LayerFactors(
+            name,
+            bias,
+            tape.inputs[name] / tape.counts[name],
+            tape.slopes[name] / samples,
+            tape.counts[name],
+        )
         for name, bias in tape.biases.items()
         if name in tape.slopes
     )

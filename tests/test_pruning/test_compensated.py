@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from hessian import Eigenspace, Objective, gauss_newton_operator
 from pruning import (
+    CalibrationWarning,
     DenseDistance,
     EigenspaceSolver,
     KrylovSolver,
@@ -346,6 +347,12 @@ def test_convolutions_and_frozen_batch_norm_are_pruned_together():
         w, distance, sparsity=0.5, solver=KrylovSolver(damping=0.01), stages=5
     )
     assert distance.loss(result.weights) < 0.2 * distance.loss(magnitude_prune(w, 0.5).weights)
+
+
+def test_fewer_calibration_rows_than_inputs_are_told():
+    distance = DenseDistance(mlp(), normal(6, 4))  # the last layer has 7 inputs with its bias
+    with pytest.warns(CalibrationWarning, match=r"1 of 2 layers .* `2\.weight` with 6 for 7"):
+        compensated_prune(distance.weights(), distance, sparsity=0.2, stages=1)
 
 
 def test_further_steps_at_the_same_zeros_follow_the_curve():
