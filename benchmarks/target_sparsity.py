@@ -50,7 +50,7 @@ PLANS = {
         "end=0.75,keep=*bias",
         ("magnitude:target=0.95,end=0.5,keep=*bias", "magnitude:target=0.95,end=0.75,keep=*bias"),
     ),
-    # Too short: what is left has one epoch to train after the landing, at a tenth of the rate.
+    # Four epochs turned out to be too few; kept beside the longer ones.
     "lenet-5-short": Plan("lenet-5", 4, "step:at=3"),
     "lenet-5": Plan("lenet-5", 8, "step:at=7", "end=0.75,keep=*bias"),
 }
