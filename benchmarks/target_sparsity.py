@@ -4,8 +4,8 @@ SGD, gRDA with ``target_sparsity`` and gradual magnitude pruning: the same start
 the same number of epochs and learning rate, three seeds. Accuracy is that on the test images after
 the last epoch, whatever it was before; all weights count in the sparsity. What had to be chosen was
 chosen on 10,000 of the training images that were held out, with a seed of its own. A constant rate
-ends wherever its noise leaves it: SGD and gRDA with one, and then all three with a tenth
-of it at the end.
+ends wherever its noise leaves it: SGD and gRDA with one, and then all three with a tenth of it at
+the end, which was brought in after the table of the constant rate had been seen.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def verdicts(plan: Plan, ends: dict[Row, dict[int, Cell]]) -> list[str]:
     lines = []
     if off:
         lines.append(
-            f"{_word(max(off) <= 0.01)} {title}: sparsity within .01 of the target in all "
+            f"{_word(max(off) <= 0.01, len(off) == len(TARGETS) * len(SEEDS))} {title}: sparsity within .01 of the target in all "
             f"{len(off)} runs of gRDA (largest distance {max(off):.4f})"
         )
     for target, allowed in POINTS_BELOW.items():
@@ -113,7 +113,7 @@ def verdicts(plan: Plan, ends: dict[Row, dict[int, Cell]]) -> list[str]:
         if found:
             below = statistics.mean(found)
             lines.append(
-                f"{_word(below <= allowed)} {title}: at {target:.2f} gRDA is {below:.2f} points "
+                f"{_word(below <= allowed, len(found) == len(SEEDS))} {title}: at {target:.2f} gRDA is {below:.2f} points "
                 f"below SGD in the mean of {len(found)} seeds (allowed: {allowed})"
             )
     return lines
@@ -132,8 +132,9 @@ def choices(plan: Plan, cells: Cells) -> list[str]:
     return lines
 
 
-def _word(held: bool) -> str:
-    return "PASS" if held else "FAIL"
+def _word(held: bool, complete: bool) -> str:
+    """Return the verdict; nothing has held before all seeds are there."""
+    return ("PASS" if complete else "OPEN") if held else "FAIL"
 
 
 def main() -> None:
