@@ -104,17 +104,19 @@ def verdicts(plan: Plan, ends: dict[Row, dict[int, Cell]]) -> list[str]:
     off = [abs(c.sparsity - t) for t in TARGETS for c in ends["gRDA", t].values()]
     lines = []
     if off:
+        word = _word(max(off) <= 0.01, len(off) == len(TARGETS) * len(SEEDS))
         lines.append(
-            f"{_word(max(off) <= 0.01, len(off) == len(TARGETS) * len(SEEDS))} {title}: sparsity within .01 of the target in all "
-            f"{len(off)} runs of gRDA (largest distance {max(off):.4f})"
+            f"{word} {title}: sparsity within .01 of the target in all {len(off)} runs "
+            f"of gRDA (largest distance {max(off):.4f})"
         )
     for target, allowed in POINTS_BELOW.items():
         found = points_below(ends, ("gRDA", target))
         if found:
             below = statistics.mean(found)
+            word = _word(below <= allowed, len(found) == len(SEEDS))
             lines.append(
-                f"{_word(below <= allowed, len(found) == len(SEEDS))} {title}: at {target:.2f} gRDA is {below:.2f} points "
-                f"below SGD in the mean of {len(found)} seeds (allowed: {allowed})"
+                f"{word} {title}: at {target:.2f} gRDA is {below:.2f} points below SGD "
+                f"in the mean of {len(found)} seeds (allowed: {allowed})"
             )
     return lines
 
