@@ -208,6 +208,9 @@ class GRDA(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            if group["capturable"] and not isinstance(group["lr"], Tensor):  # set by hand
+                place(group)
         # All groups first, so that a refusal leaves every weight where it was.
         tensors = [self._tensors(group) for group in self.param_groups]
         steered = self._steered()

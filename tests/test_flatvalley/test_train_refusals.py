@@ -348,7 +348,10 @@ def test_settings_out_of_range_are_refused_at_the_door(settings, message):
         ({"data": "digits", "augment": "crop-flip"}, "`augment` crop-flip needs images"),
         ({"data": "digits", "train_samples": 2000}, "`train_samples` must be at most 1,437"),
         ({"data": "nothing.here:data"}, "`data` names the module nothing.here, but there is no"),
-        ({"model": "torch.nn:Bilinear"}, "`model` torch.nn:Bilinear must be callable without"),
+        (
+            {"data": "digits", "model": "torch.nn:Bilinear"},
+            "`model` torch.nn:Bilinear must be callable without",
+        ),
         ({"data": "torch.nn:Identity"}, "must return a flatvalley.data.Dataset, or two pairs"),
     ],
 )

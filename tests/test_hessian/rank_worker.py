@@ -271,7 +271,8 @@ class PlannedError(Exception):
 def spread(n: int = 60) -> Tensor:
     """A matrix that takes a basis of fourteen vectors through several restarts."""
     Q = seeded(lambda: torch.linalg.qr(torch.randn(n, n)).Q)
-    return (Q * torch.linspace(-1, 1, n, dtype=torch.float64) ** 3) @ Q.T
+    # No two of one magnitude, whose order would be a matter of rounding.
+    return (Q * torch.linspace(-1.03, 1, n, dtype=torch.float64) ** 3) @ Q.T
 
 
 def mortal(A: Tensor, fatal: int) -> tuple[Operator, list[int]]:

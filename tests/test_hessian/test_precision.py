@@ -180,6 +180,7 @@ def test_older_versions_of_torch_have_the_older_settings():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 @pytest.mark.parametrize("name", PLAIN[:2])
 def test_products_on_a_gpu_are_full_unless_asked_otherwise(name, precision):
