@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)   ## the main study on built-in data: figures, tables and report in runs/demo
 	$(BIN)/flatvalley verify --out runs/demo
 
+# A file stays in one process: its tests share what takes long to set up.
 test: $(STAMP)   ## every test, notebooks included
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)   ## style, types and import layers
 	$(BIN)/ruff check .
