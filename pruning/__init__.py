@@ -5,16 +5,16 @@ from pruning.compensated import CompensatedPruned, compensated_prune
 from pruning.compensated_solvers import EigenspaceSolver, KrylovSolver, Stage
 from pruning.dense_distance import DenseDistance
 from pruning.directional import (
-    Pruned,
     directional_prune,
     first_clip,
     lambda_for_sparsity,
-    magnitude_prune,
     soft_threshold,
 )
 from pruning.directional_path import PathPruned, directional_path
 from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
+from pruning.magnitude import magnitude_prune, random_prune
+from pruning.pruned import Pruned
 from pruning.saliency import CalibrationWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
 from pruning.sparsity_target import SparsityWarning
@@ -43,6 +43,7 @@ __all__ = [
     "flat_response",
     "lambda_for_sparsity",
     "magnitude_prune",
+    "random_prune",
     "recalibrate_batch_norm_",
     "schedule_response",
     "soft_threshold",

@@ -5,16 +5,15 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hessian import ConvergenceWarning, Objective
+from pruning.allocation import prunable
 from pruning.compensated_solvers import EigenspaceSolver, Estimate, KrylovSolver, Stage
-from pruning.directional import Pruned, wanted_zeros
+from pruning.pruned import Pruned, wanted_zeros
 from pruning.scores import require_weights
 
 DEFAULT_STAGES = 12
@@ -116,13 +115,13 @@ def compensated_prune(
         objective.require_vector(w, "w")
     run = options.begin(w, curvature)
     alive = w != 0
-    prunable = _prunable(w, objective, exclude)
-    goals = _counts(w, sparsity, stages, may_go=int((alive & prunable).sum()))
+    may_go = prunable(w, objective, exclude)
+    goals = _counts(w, sparsity, stages, may_go=int((alive & may_go).sum()))
     made: list[Stage] = []
     notes: list[str] = []
     for goal in goals:
         gone = len(w) - int(alive.sum())
-        w, alive, stage = run.next(w, alive, prunable, goal - gone)
+        w, alive, stage = run.next(w, alive, may_go, goal - gone)
         made.append(stage)
         if stage.length == 0.0:
             notes.append(
@@ -165,23 +164,6 @@ def _solver(solver: object) -> KrylovSolver | EigenspaceSolver:
         '`solver` must be "krylov", "eigenspace", a KrylovSolver or an EigenspaceSolver, got '
         f"{solver!r}."
     )
-
-
-def _prunable(w: Tensor, objective: Objective | None, exclude: Sequence[str]) -> Tensor:
-    """Return True for the weights that may go."""
-    marks = torch.ones_like(w)
-    if exclude and objective is None:
-        raise ValueError(
-            "`exclude` needs an Objective as `curvature`, which knows the parameters by name."
-        )
-    parts = {} if objective is None else objective.unflatten(marks)
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        hits = [name for name in parts if fnmatchcase(name, pattern)]
-        if not hits:
-            raise ValueError(f'`exclude` pattern "{pattern}" matches none of {", ".join(parts)}.')
-        for name in hits:
-            parts[name].zero_()
-    return marks != 0
 
 
 def _counts(w: Tensor, sparsity: float, stages: int | Sequence[float], *, may_go: int) -> list[int]:

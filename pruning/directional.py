@@ -1,26 +1,13 @@
-"""Directional pruning in closed form, and the two methods that must stand beside it."""
+"""Directional pruning in closed form, and the soft threshold that must stand beside it."""
 
 import math
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from pruning.pruned import Pruned, as_pruned, wanted_zeros
 from pruning.scores import Scores, require_weights
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Sparse weights and how they came about."""
-
-    weights: Float[Tensor, " d"]
-    mask: Bool[Tensor, " d"]
-    """True where the weight is not zero."""
-    sparsity: float
-    """Share of zeros among all d weights."""
-    lam: float
-    """λ of the method; NaN where the method has none."""
 
 
 def directional_prune(w: Float[Tensor, " d"], scores: Scores, lam: float) -> Pruned:
@@ -70,26 +57,6 @@ def soft_threshold(w: Float[Tensor, " d"], lam: float) -> Pruned:
     """
     require_weights(w)
     return _prune(w, torch.ones_like(w), lam)
-
-
-def magnitude_prune(w: Float[Tensor, " d"], sparsity: float) -> Pruned:
-    """Set the smallest weights to zero until at least a share ``sparsity`` is zero.
-
-    The control at equal sparsity. Of equal magnitudes, the first in order go first, so the
-    count is exact: ⌈sparsity · d⌉ zeros, or more where w has them already.
-
-    Args:
-        w: Weights, shape [d].
-        sparsity: Share of zeros wanted, in [0, 1].
-
-    Raises:
-        ValueError: If sparsity is outside [0, 1], or w is not a finite flat vector.
-    """
-    require_weights(w)
-    drop = w.abs().argsort(stable=True)[: wanted_zeros(sparsity, len(w))]
-    pruned = w.clone()
-    pruned[drop] = 0.0
-    return _result(pruned, math.nan)
 
 
 def first_clip(w: Float[Tensor, " d"], scores: Scores) -> float:
@@ -148,20 +115,7 @@ def lambda_for_sparsity(w: Float[Tensor, " d"], scores: Scores, sparsity: float)
 def _prune(w: Tensor, s: Tensor, lam: float) -> Pruned:
     if not 0.0 <= lam <= torch.finfo(w.dtype).max:
         raise ValueError(f"`lam` must be finite and not negative, got {lam} for {w.dtype}.")
-    return _result(w.sign() * (w.abs() - lam * s).clamp(min=0.0), lam)
-
-
-def _result(weights: Tensor, lam: float) -> Pruned:
-    mask = weights != 0
-    return Pruned(weights, mask, 1.0 - int(mask.sum()) / len(weights), lam)
-
-
-def wanted_zeros(sparsity: float, size: int) -> int:
-    """Return how many zeros among ``size`` weights make up a share, after a look at it."""
-    if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"`sparsity` must be in [0, 1], the share of zeros, got {sparsity}.")
-    # A share that was computed as zeros / size must give the zeros back.
-    return math.ceil(sparsity * size - 1e-9 * size)
+    return as_pruned(w.sign() * (w.abs() - lam * s).clamp(min=0.0), lam)
 
 
 def _fitting_values(w: Tensor, scores: Scores) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hessian import ConvergenceWarning, Eigenspace, Objective
 from hessian.vector_rows import CHUNK, row_dots
-from pruning.directional import Pruned, wanted_zeros
+from pruning.pruned import Pruned, wanted_zeros
 from pruning.scores import require_weights
 
 REFRESH = 50

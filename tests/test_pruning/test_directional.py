@@ -12,7 +12,6 @@ from pruning import (
     directional_prune,
     first_clip,
     lambda_for_sparsity,
-    magnitude_prune,
     soft_threshold,
 )
 
@@ -134,7 +133,6 @@ def test_pruning_leaves_its_input_alone():
     for prune in (
         lambda: directional_prune(w, scores, 0.7),
         lambda: soft_threshold(w, 0.7),
-        lambda: magnitude_prune(w, 0.5),
         lambda: lambda_for_sparsity(w, scores, 0.5),
     ):
         prune()
@@ -210,37 +208,6 @@ def test_growing_lambda_only_adds_zeros():
     assert masks[-1].sum() < masks[0].sum()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 49, 266])
-def test_magnitude_prune_keeps_the_promised_count(size):
-    w = normal(size)
-    for zeros in range(size + 1):
-        pruned = magnitude_prune(w, zeros / size)
-        assert int((pruned.weights == 0).sum()) == zeros
-        assert pruned.sparsity == pytest.approx(zeros / size, abs=1e-15)
-        kept, dropped = w[pruned.mask].abs(), w[~pruned.mask].abs()
-        assert torch.equal(pruned.weights[pruned.mask], w[pruned.mask])
-        if 0 < zeros < size:
-            assert kept.min() >= dropped.max()
-
-
-def test_magnitude_prune_rounds_the_count_up():
-    assert magnitude_prune(normal(10), 0.31).sparsity == pytest.approx(0.4)
-
-
-@given(
-    st.lists(coarse, min_size=1, max_size=20),
-    st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
-)
-def test_magnitude_masks_are_nested_even_with_ties(values, shares):
-    few, many = (magnitude_prune(vector(*values), share) for share in shares)
-    assert torch.all(few.mask[many.mask])
-    assert few.sparsity <= many.sparsity
-
-
-def test_magnitude_prune_counts_the_zeros_that_are_there():
-    assert magnitude_prune(vector(0.0, 0.0, 0.0, 1.0), 0.25).sparsity == 0.75
-
-
 ONES = torch.ones(3, dtype=torch.float64)
 
 
@@ -250,20 +217,15 @@ ONES = torch.ones(3, dtype=torch.float64)
         (lambda w, s: directional_prune(w, s, -0.1), "`lam` must be finite and not negative"),
         (lambda w, s: directional_prune(w, s, NAN), "`lam` must be finite and not negative"),
         (lambda w, s: soft_threshold(w, INF), "`lam` must be finite and not negative"),
-        (lambda w, s: magnitude_prune(w, 1.2), r"`sparsity` must be in \[0, 1\].*got 1.2"),
-        (lambda w, s: magnitude_prune(w, NAN), r"`sparsity` must be in \[0, 1\]"),
         (lambda w, s: lambda_for_sparsity(w, s, -0.1), r"`sparsity` must be in \[0, 1\]"),
         (lambda w, s: soft_threshold(w * NAN, 1.0), "`w` must be finite, got 3 entries"),
-        (lambda w, s: magnitude_prune(w * INF, 0.5), "`w` must be finite"),
         (lambda w, s: first_clip(w * NAN, s), "`w` must be finite"),
         (lambda w, s: directional_prune(w, given_scores(w * NAN), 1.0), "`scores.values` must be"),
         (lambda w, s: directional_prune(w[:2], s, 1.0), "`scores` must hold one score for each"),
         (lambda w, s: lambda_for_sparsity(w[:2], s, 0.5), "of the 2 weights, got 3"),
         (lambda w, s: first_clip(w[:2], s), "`scores` must hold one score for each"),
         (lambda w, s: soft_threshold(w.reshape(3, 1), 1.0), "`w` must be a flat floating-point"),
-        (lambda w, s: magnitude_prune(w.long(), 0.5), "`w` must be a flat floating-point"),
         (lambda w, s: soft_threshold(w[:0], 1.0), "`w` must hold at least one weight"),
-        (lambda w, s: magnitude_prune(w[:0], 0.5), "`w` must hold at least one weight"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
