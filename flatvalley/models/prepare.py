@@ -1,5 +1,7 @@
 """Faster training steps of the same network: the memory format, and compilation."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -37,9 +39,22 @@ def prepare_model(
     if _is_narrow(model) if channels_last is None else channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile:
-        # In place, so that names of parameters get no prefix.
-        model.compile()
+        _compile_whole(model)
     return model
+
+
+def _compile_whole(model: nn.Module) -> None:
+    """Compile in place, so that names of parameters get no prefix, as one graph.
+
+    ``Module.compile`` starts at a frame of torch itself, which the compiler passes over: of an
+    ``nn.Sequential`` it then compiles the parts one by one, and what lies between them not at all.
+    """
+    plain = model._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    model._compiled_call_impl = torch.compile(call)
 
 
 def _is_narrow(model: nn.Module) -> bool:

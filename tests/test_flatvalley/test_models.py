@@ -342,3 +342,26 @@ def test_a_compiled_network_computes_the_same_under_the_same_names():
     ):
         assert name == other
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_network_is_compiled_as_one_graph_and_a_copy_of_it_is_its_own(monkeypatch):
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    # Without the compiler proper, which takes seconds.
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=count))
+    torch.compiler.reset()
+    model = prepare_model(resnet20(seed=0), compile=True).eval()
+    x = torch.rand(2, 3, 32, 32)
+    z = model(x)
+    assert len(graphs) == 1
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).zero_()
+    assert not torch.equal(other(x), z)
+    assert torch.equal(model(x), z)
+    torch.compiler.reset()
