@@ -13,7 +13,9 @@ from pruning.directional import (
 from pruning.directional_path import PathPruned, directional_path
 from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
+from pruning.keep_zeros import KeptZeros, keep_zeros
 from pruning.magnitude import magnitude_prune, random_prune
+from pruning.masks import Masks
 from pruning.pruned import Pruned
 from pruning.saliency import CalibrationWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
@@ -27,7 +29,9 @@ __all__ = [
     "DenseDistance",
     "EigenspaceSolver",
     "GradualMagnitude",
+    "KeptZeros",
     "KrylovSolver",
+    "Masks",
     "PathPruned",
     "Pruned",
     "Scores",
@@ -41,6 +45,7 @@ __all__ = [
     "directional_scores",
     "first_clip",
     "flat_response",
+    "keep_zeros",
     "lambda_for_sparsity",
     "magnitude_prune",
     "random_prune",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hessian import NonFiniteError
+from pruning.keep_zeros import zero_weights_
 
 
 class GradualMagnitude:
@@ -131,7 +132,7 @@ class GradualMagnitude:
             everything = list(range(len(self._params)))
             for indices in [[i] for i in everything] if per_layer else [everything]:
                 self._prune(indices, self.scheduled(n))
-        self._hold()
+        zero_weights_(self._optimizer, self._params, self._pruned)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs to go on: the count of steps and the masks."""
@@ -162,13 +163,6 @@ class GradualMagnitude:
         for pruned, saved in zip(self._pruned, state["pruned"], strict=True):
             pruned.copy_(saved)
         self.num_steps = int(state["step"])
-
-    def _hold(self) -> None:
-        for p, pruned in zip(self._params, self._pruned, strict=True):
-            p.masked_fill_(pruned, 0.0)
-            for value in self._optimizer.state.get(p, {}).values():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    value.masked_fill_(pruned, 0)
 
     def _prune(self, indices: list[int], share: float) -> None:
         """Prune the smallest of some parameters together, those pruned before included."""
