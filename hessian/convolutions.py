@@ -6,7 +6,7 @@ here with torch's own backward kernels; a frozen batch norm that follows a convo
 of its kernel and costs nothing.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,41 @@ from torch.autograd.function import once_differentiable
 
 Geometry = tuple[list[int], list[int], list[int], int]
 """Stride, padding and dilation by dimension, and the number of groups."""
+
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+"""The functions behind the layers, and how many dimensions they move in."""
+
+
+class ConvolutionCall(NamedTuple):
+    """The arguments of a convolution in one form."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: list[int]
+    padding: list[int] | str
+    dilation: list[int]
+    groups: int
+
+
+def bind_convolution(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> ConvolutionCall:
+    """Return the arguments of a call of ``torch.conv1d`` and the like, defaults filled in."""
+
+    def each(value: Any) -> list[int]:
+        listed = [value] if isinstance(value, int) else list(value)
+        return listed * dimensions if len(listed) == 1 else listed
+
+    ends = padding if isinstance(padding, str) else each(padding)
+    return ConvolutionCall(input, weight, bias, each(stride), ends, each(dilation), groups)
 
 
 def convolution(x: Tensor, W: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

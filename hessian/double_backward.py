@@ -11,12 +11,18 @@ from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from hessian.convolutions import Geometry, convolution, frozen_batch_norm
+from hessian.convolutions import (
+    CONVOLUTIONS,
+    ConvolutionCall,
+    Geometry,
+    bind_convolution,
+    convolution,
+    frozen_batch_norm,
+)
 from hessian.errors import SecondDerivativeError
 from hessian.rectifiers import relu
 from hessian.torch_settings import eager, math_attention, without_fused_recurrence
 
-CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 ONCE = once_differentiable(lambda ctx: None).__code__
 """Code of the wrapper that ``once_differentiable`` puts around every backward pass."""
 RECTIFIERS = {torch.relu, Tensor.relu, functional.relu}
@@ -149,7 +155,7 @@ class _Substitution(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
-            bound = _bind_convolution(CONVOLUTIONS[func], *args, **kwargs)
+            bound = _bound(bind_convolution(CONVOLUTIONS[func], *args, **kwargs))
             if bound is not None:
                 out = _convolve(*bound)
                 self._last = out, _versions(out, bound), bound
@@ -219,22 +225,11 @@ def _versions(out: Tensor, bound: tuple[Tensor, Tensor, Tensor | None, Geometry]
     return [t._version for t in (out, *bound[:3]) if t is not None]
 
 
-def _bind_convolution(
-    dimensions: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+def _bound(
+    call: ConvolutionCall,
 ) -> tuple[Tensor, Tensor, Tensor | None, Geometry] | None:
-    """Return the arguments in one form, or None for what is left to torch."""
-    if isinstance(padding, str) or input.ndim != dimensions + 2:
+    """Return the arguments of a convolution, or None for what is left to torch."""
+    x, weight, bias, stride, padding, dilation, groups = call
+    if isinstance(padding, str) or x.ndim != weight.ndim:
         return None
-
-    def each(value: Any) -> list[int]:
-        listed = [value] if isinstance(value, int) else list(value)
-        return listed * dimensions if len(listed) == 1 else listed
-
-    return input, weight, bias, (each(stride), each(padding), each(dilation), groups)
+    return x, weight, bias, (stride, padding, dilation, groups)

@@ -2,20 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from hessian.finiteness import finite_vector
 from pruning.dense_distance import DenseDistance
-
-CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-PATCH_ELEMENTS = 1 << 24
-"""Entries of unfolded patches that are held at a time."""
+from pruning.layer_calls import LayerCall, LayerCalls
+from pruning.layer_inputs import MomentSums
 
 LARGEST_FACTOR = 8192
 """Inputs of a layer beyond which its inverse of n³ flops is left out for the diagonal."""
@@ -84,14 +79,15 @@ def kronecker_factors(
         raise ValueError(f"`num_draws` must be at least 1, got {num_draws}.")
     distance.require_vector(w, "w")
     leaf = w.detach().clone().requires_grad_()
-    tape = _Tape(distance.unflatten(leaf))
+    tape = _Tape()
+    calls = LayerCalls(distance.unflatten(leaf), tape.hear)
     diagonal = torch.zeros_like(w)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for draw in range(num_draws):
             tape.reads_inputs = draw == 0
             for batch in distance.batches():
-                with tape:
+                with calls:
                     z = distance.output(leaf, batch)
                 u = distance.drawn_slopes(z, generator)
                 (slope,) = torch.autograd.grad(z, leaf, u, materialize_grads=True)
@@ -144,38 +140,19 @@ def kronecker_saliency(
     return stiffness * w.square()
 
 
-class _Tape(TorchFunctionMode):
-    """Watches linear and convolution calls with known weights, whichever module makes them."""
+class _Tape:
+    """Adds up moments of what goes into layers, and of the slopes at what comes out."""
 
-    def __init__(self, parts: dict[str, Tensor]) -> None:
-        super().__init__()
-        # Views of one vector: the place in memory tells them apart, also after they are cut anew.
-        self._names = {(t.data_ptr(), t.shape): name for name, t in parts.items() if t.numel()}
+    def __init__(self) -> None:
         self.reads_inputs = True
-        self.biases: dict[str, str | None] = {}
-        self.inputs: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.inputs = MomentSums()
         self.slopes: dict[str, Tensor] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is functional.linear:
-            self._see(out, *_linear_call(*args, **(kwargs or {})))
-        elif func in CONVOLUTIONS:
-            call = _convolution_call(CONVOLUTIONS[func], *args, **(kwargs or {}))
-            if call is not None:
-                self._see(out, *call)
-        return out
-
-    def _see(self, out: Tensor, W: Tensor, bias: Tensor | None, x: "_Rows") -> None:
-        name = self._names.get((W.data_ptr(), W.shape))
-        if name is None:
+    def hear(self, call: LayerCall) -> None:
+        """Take one call in, and wait for its slopes."""
+        if call.out is None or call.groups != 1:
             return
-        own = None if bias is None else self._names.get((bias.data_ptr(), bias.shape))
-        own = self.biases.setdefault(name, own)
-        channel = x.channel % out.ndim
+        channel, name = call.channel % call.out.ndim, call.weight
 
         def add(g: Tensor) -> None:
             square = g.detach().square()
@@ -183,75 +160,9 @@ class _Tape(TorchFunctionMode):
             self.slopes[name] = self.slopes[name] + total if name in self.slopes else total
 
         # A hook of now sees the slope of now, also if the output is changed in place later.
-        out.register_hook(add)  # type: ignore[no-untyped-call]
+        call.out.register_hook(add)  # type: ignore[no-untyped-call]
         if self.reads_inputs:
-            with torch.no_grad():
-                for rows in x.parts():
-                    if own is not None:
-                        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-                    moment = rows.T @ rows
-                    known = name in self.inputs
-                    self.inputs[name] = self.inputs[name] + moment if known else moment
-                    self.counts[name] = self.counts.get(name, 0) + len(rows)
-
-
-class _Rows:
-    """What a call multiplies its weights with, as rows, a part at a time."""
-
-    def __init__(self, x: Tensor, channel: int, unfold: Any = None) -> None:
-        self.x, self.channel, self._unfold = x.detach(), channel, unfold
-
-    def parts(self) -> Any:
-        if self._unfold is None:
-            yield self.x.reshape(-1, self.x.shape[-1])
-            return
-        each = self._unfold(self.x[:1])
-        step = max(1, PATCH_ELEMENTS // each.numel())
-        for part in torch.split(self.x, step):
-            yield self._unfold(part)
-
-
-def _linear_call(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, _Rows]:
-    return weight, bias, _Rows(input, -1)
-
-
-def _convolution_call(
-    dims: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor | None, _Rows] | None:
-    """Return weight, bias and the patches; None for grouped convolutions."""
-    if groups != 1:
-        return None
-    size = weight.shape[2:]
-    stride, dilation = _each(stride, dims), _each(dilation, dims)
-    spans = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-    if padding == "same":
-        ends = [(span // 2, span - span // 2) for span in spans]
-    else:
-        ends = [(p, p) for p in _each(0 if padding == "valid" else padding, dims)]
-
-    def patches(x: Tensor) -> Tensor:
-        x = functional.pad(x, [p for pair in reversed(ends) for p in pair])
-        for i in range(dims):
-            x = x.unfold(2 + i, spans[i] + 1, stride[i])[..., :: dilation[i]]
-        order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
-        return x.permute(order).reshape(-1, weight[0].numel())
-
-    x = input if input.ndim == dims + 2 else input[None]
-    return weight, bias, _Rows(x, -1 - dims, patches)
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    listed = [value] if isinstance(value, int) else list(value)
-    return listed * dims if len(listed) == 1 else listed
+            self.inputs.add(call)
 
 
 def _finished(
@@ -262,11 +173,11 @@ def _finished(
         LayerFactors(
             name,
             bias,
-            tape.inputs[name] / tape.counts[name],
+            tape.inputs.totals[name][0] / tape.inputs.rows[name],
             tape.slopes[name] / samples,
-            tape.counts[name],
+            tape.inputs.rows[name],
         )
-        for name, bias in tape.biases.items()
+        for name, bias in tape.inputs.biases.items()
         if name in tape.slopes
     )
     parts = distance.unflatten(diagonal)

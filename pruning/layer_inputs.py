@@ -1,0 +1,153 @@
+"""What goes into each layer of a network: second moments, by one pass without gradients."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hessian import NonFiniteError, Objective
+from hessian.determinism import require_fixed_modules
+from hessian.finiteness import all_finite
+from pruning.layer_calls import LayerCall, LayerCalls
+from pruning.scores import require_weights
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Second moments of what a layer multiplies its weights by.
+
+    With rows Δ_r of a change of the layer's weights, its output changes by Σ_r Δ_rᵀ A Δ_r, summed
+    over positions and squared, in the mean over samples.
+    """
+
+    weight: str
+    bias: str | None
+    moments: Float[Tensor, "groups n n"] | Float[Tensor, " n"]
+    """A: the mean over samples of Σ a aᵀ over their positions, with a one in the last place of a
+    if the layer has a bias among w. One matrix a group of outputs; all outputs are one group, but
+    for grouped convolutions and for the joint projection of queries, keys and values. A table of
+    embeddings has the diagonal alone, which is all there is: how often each of its rows is looked
+    up."""
+    num_rows: int
+    """Samples times positions behind the moments."""
+
+    @property
+    def diagonals(self) -> Float[Tensor, "groups n"]:
+        """Mean squares of the inputs, summed over positions, by group."""
+        is_table = self.moments.ndim == 1
+        return self.moments[None] if is_table else self.moments.diagonal(dim1=1, dim2=2)
+
+    def rows(self, parts: dict[str, Tensor]) -> Float[Tensor, "m n"]:
+        """Return a copy of values beside the weights as a matrix: a row an output, bias last."""
+        weight = parts[self.weight]
+        if self.moments.ndim == 1:
+            return weight.T.clone()
+        rows = weight.reshape(len(weight), -1)
+        if self.bias is None:
+            return rows.clone()
+        return torch.cat([rows, parts[self.bias][:, None]], dim=1)
+
+    def write_rows_(self, parts: dict[str, Tensor], rows: Float[Tensor, "m n"]) -> None:
+        """Write a matrix of values, as ``rows`` gives it, into values beside the weights."""
+        weight = parts[self.weight]
+        if self.moments.ndim == 1:
+            weight.copy_(rows.T)
+            return
+        weight.copy_(rows[:, : weight[0].numel()].reshape(weight.shape))
+        if self.bias is not None:
+            parts[self.bias].copy_(rows[:, -1])
+
+
+def input_moments(
+    objective: Objective, w: Float[Tensor, " d"] | None = None
+) -> tuple[LayerInputs, ...]:
+    """Return the second moments of the inputs of all layers, in the order of their first calls.
+
+    Linear layers, convolutions (of unfolded patches, by group), the projections inside
+    ``nn.MultiheadAttention`` and tables of embeddings are seen, in all their calls and whichever
+    module makes them; transposed convolutions, recurrent layers, normalisation and everything
+    else are not. A table that is also the weight of a linear layer counts as that layer. Batches
+    are streamed: beside them, memory holds one matrix a layer and group.
+
+    Args:
+        objective: Model and data. Labels are not looked at.
+        w: Where the moments are taken, shape [d]. Default: the model's weights.
+
+    Raises:
+        ValueError: If w does not fit or is not finite, the objective is shared among processes,
+            or no such layer is called.
+        NonDeterministicError: If dropout is on, or batch norm in training mode.
+        NonFiniteError: If what goes into a layer is not finite.
+
+    Example:
+        >>> import torch
+        >>> from pruning import DenseDistance
+        >>> distance = DenseDistance(torch.nn.Linear(2, 1, bias=False), 2 * torch.eye(2))
+        >>> (layer,) = input_moments(distance)
+        >>> layer.weight, layer.moments[0]
+        ('weight', tensor([[2., 0.],
+                [0., 2.]]))
+
+    References:
+        Frantar & Alistarh (2022), Optimal Brain Compression: the matrix H = 2 X Xᵀ, but for the
+        factor.
+    """
+    w = objective.weights() if w is None else w
+    require_weights(w)
+    objective.require_vector(w, "w")
+    require_fixed_modules(objective.model)
+    if objective.ranks.size > 1:
+        raise ValueError(
+            f"`objective` must not be shared among processes here, got {objective.ranks.size} of "
+            "them. Build it without `group`."
+        )
+    sums = MomentSums()
+    calls = LayerCalls(objective.unflatten(w.detach()), sums.add)
+    with torch.no_grad():
+        for batch in objective.batches():
+            with calls:
+                objective.output(w.detach(), batch)
+    if not sums.totals:
+        raise ValueError(
+            "`objective` must have a model that calls a linear, convolution, attention or "
+            f"embedding layer with weights among {', '.join(objective.shapes)}, got none."
+        )
+    for name, total in sums.totals.items():
+        if not all_finite(total):
+            raise NonFiniteError(
+                f"What goes into the layer of `{name}` holds a NaN or an infinity, or overflows "
+                "when squared. Look at the calibration inputs."
+            )
+    return tuple(
+        LayerInputs(name, sums.biases[name], total / objective.num_samples, sums.rows[name])
+        for name, total in sums.totals.items()
+    )
+
+
+class MomentSums:
+    """Σ a aᵀ of the inputs of layers, by the name of their weights."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.biases: dict[str, str | None] = {}
+        self.rows: dict[str, int] = {}
+
+    @torch.no_grad()
+    def add(self, call: LayerCall) -> None:
+        """Take the inputs of one call in."""
+        name = call.weight
+        bias = self.biases.setdefault(name, call.bias)
+        # The same weights may be called again with another bias, or with none.
+        one = None if bias is None else float(call.bias == bias)
+        for part in call.parts(one):
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            moment = part if part.ndim == 1 else part.mT @ part
+            known = self.totals.get(name)
+            if known is None or known.ndim < moment.ndim:
+                self.totals[name], self.rows[name] = moment, 0
+            elif known.ndim == moment.ndim:
+                known += moment
+            else:  # a table of embeddings, tied to a linear layer
+                return
+            self.rows[name] += int(part.sum()) if part.ndim == 1 else part.shape[1]
