@@ -107,7 +107,12 @@ class Masks:
             ValueError: If the mask has another length than the objective's weights.
             TypeError: If it is not boolean.
         """
-        return cls({name: part.clone() for name, part in objective.unflatten(mask).items()})
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"`mask` must be a boolean tensor, got {mask.dtype}. Say `weights != 0`."
+            )
+        flags = mask.to(objective.dtype)
+        return cls({name: part.bool() for name, part in objective.unflatten(flags).items()})
 
     @property
     def num_weights(self) -> int:
