@@ -7,6 +7,7 @@ import typer
 
 import flatvalley
 from flatvalley.checkpoints import StorageError
+from flatvalley.commands.prune import prune
 from flatvalley.commands.refusals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from flatvalley.commands.spectrum import spectrum
 from flatvalley.commands.train import train
@@ -18,7 +19,7 @@ app = typer.Typer(
     help="Hessian, loss landscape and directional pruning of neural networks.",
     pretty_exceptions_enable=False,
 )
-for command in (verify, train, spectrum):
+for command in (verify, train, spectrum, prune):
     app.command()(command)
 
 

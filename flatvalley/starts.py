@@ -31,7 +31,7 @@ def start_trainees(
     Raises:
         ValueError: If the models differ, or a run does not fit them.
     """
-    criterion = _criterion(config)
+    criterion = make_criterion(config)
     trainees = []
     for text, spec in zip(config.runs, config.specs, strict=True):
         model = make_model().train().to(config.device)
@@ -81,7 +81,12 @@ def try_out(trainee: Trainee, config: TrainConfig, data: TrainData) -> bool:
     return integral and isinstance(out, Tensor) and out.ndim == 2
 
 
-def _criterion(config: TrainConfig) -> Criterion:
+def make_criterion(config: TrainConfig) -> Criterion:
+    """Return the loss that the settings name.
+
+    Raises:
+        ValueError: If a factory of the user's own cannot be built, or makes no function.
+    """
     if config.criterion == "cross-entropy":
         return nn.functional.cross_entropy
     found = build(config.criterion, "criterion", seed=config.seed)

@@ -111,15 +111,7 @@ class Trainee:
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the model's state on the CPU; of tied tensors one."""
-        seen: set[tuple[int, torch.Size]] = set()
-        found = {}
-        for name, t in self.model.state_dict().items():
-            mark = (t.data_ptr(), t.shape)
-            if t.numel() and mark in seen:
-                continue
-            seen.add(mark)
-            found[name] = t.detach().to("cpu", copy=True).contiguous()
-        return found
+        return model_state(self.model)
 
     def state(self) -> dict[str, Any]:
         """Return everything that the next step depends on."""
@@ -132,6 +124,19 @@ class Trainee:
         self.optimizer.load_state_dict(_in_layout_of(state["optimizer"], self.optimizer))
         if self.pruner is not None:
             self.pruner.load_state_dict(state["pruner"])
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a model's state on the CPU; of tied tensors one, as safetensors wants."""
+    seen: set[tuple[int, torch.Size]] = set()
+    found = {}
+    for name, t in model.state_dict().items():
+        mark = (t.data_ptr(), t.shape)
+        if t.numel() and mark in seen:
+            continue
+        seen.add(mark)
+        found[name] = t.detach().to("cpu", copy=True).contiguous()
+    return found
 
 
 def _optimizer(spec: Spec, model: nn.Module, lr: float, num_steps: int) -> torch.optim.Optimizer:

@@ -17,10 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import flatvalley
 import hessian
+import pruning
 
 NUM_NAMED = 5
 """Keys that a message names of each kind."""
+_OURS = tuple(Path(module.__file__ or "").parent for module in (flatvalley, hessian, pruning))
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _CONVERT = (
     "import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in "
@@ -138,21 +141,19 @@ def describe(error: BaseException) -> str:
 def is_refusal(error: Exception) -> bool:
     """Whether the package itself refused a value, with a message written for the user."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = (Path(__file__).parent, Path(hessian.__file__).parent)
     return isinstance(error, ValueError | TypeError) and any(
-        folder in Path(frames[-1].filename).parents for folder in own
+        folder in Path(frames[-1].filename).parents for folder in _OURS
     )
 
 
 def _is_users(filename: str) -> bool:
     path = Path(filename)
     installed = {"site-packages", "dist-packages", "importlib"}
-    ours = (Path(__file__).parent, Path(hessian.__file__).parent)
     return (
         path.suffix == ".py"
         and not installed & set(path.parts)
-        and path.parent not in ours
-        and path.parent.parent not in ours
+        and path.parent not in _OURS
+        and path.parent.parent not in _OURS
     )
 
 

@@ -30,3 +30,12 @@ def refusals() -> Iterator[None]:
         if not is_refusal(error):
             raise
         raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def files_wanted() -> Iterator[None]:
+    """A file or a package that is not there is a mistake of usage."""
+    try:
+        yield
+    except (FileNotFoundError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from flatvalley.commands.refusals import EXIT_NOT_REACHED, at_the_door, refusals
+from flatvalley.commands.refusals import EXIT_NOT_REACHED, at_the_door, files_wanted, refusals
 from flatvalley.process_group import process_group, world
 from flatvalley.recipes import RECIPES, config_of
 from flatvalley.studies.train_figures import draw_training
@@ -153,7 +153,7 @@ def train(
         console = Console(quiet=not first)
         if (out / "run.json").exists():
             console.print(f"Going on with the run in {out}.")
-        with refusals(), _files_wanted(), _bar(console) as progress:
+        with refusals(), files_wanted(), _bar(console) as progress:
             result = run_training(
                 config,
                 out,
@@ -173,15 +173,6 @@ def train(
         console.print(f"Report: {report}", soft_wrap=True, highlight=False)
     if not result.reached:
         raise typer.Exit(EXIT_NOT_REACHED)
-
-
-@contextmanager
-def _files_wanted() -> Iterator[None]:
-    """A file or a package that is not there is a mistake of usage."""
-    try:
-        yield
-    except (FileNotFoundError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""Methods of pruning by name: ``krylov:temperature=4``, ``magnitude:allocation=uniform``."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flatvalley.pruning_methods import EIGENSPACE, METHODS, Method, PrunedAt
+from flatvalley.pruning_problem import PruningProblem
+from flatvalley.specs import Spec, parse_spec
+
+_SIGNS = {"temperature": "T", "mu": "μ"}
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A method with its settings, as ``pruner`` parses it."""
+
+    text: str
+    method: Method
+    spec: Spec
+
+    @property
+    def title(self) -> str:
+        """The method and its settings as people write them."""
+        parts = [
+            f"{_SIGNS.get(key, key)}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in self.spec.settings.items()
+        ]
+        return ", ".join([self.method.title, *parts])
+
+    def require(self, problem: PruningProblem) -> None:
+        """See that the method can do what the problem asks for.
+
+        Raises:
+            ValueError: If it cannot, or takes more eigenpairs than there are weights.
+        """
+        asked = {"exclude": bool(problem.exclude), "allocation": problem.allocation is not None}
+        for name, wanted in asked.items():
+            if wanted and name not in self.method.takes:
+                raise ValueError(
+                    f"`{name}` cannot go with {self.spec.name}, which knows no such thing. Leave "
+                    "one of them out."
+                )
+        if wanted and "allocation" in self.spec.settings:
+            raise ValueError(f'`allocation` is given twice, the second time in "{self.text}".')
+        k = self.spec.settings.get("k", EIGENSPACE["k"] if "k" in self.method.settings else 1)
+        if k > len(problem.w):
+            raise ValueError(
+                f"`method` {self.spec.name} needs k at most {len(problem.w):,}, the number of "
+                f"weights, got {k:,}. Give a smaller one: {self.spec.name}:k=…"
+            )
+
+    def prune(self, problem: PruningProblem, sparsities: Sequence[float]) -> Iterator[PrunedAt]:
+        """Prune the dense network to sparsities that increase, one after the other.
+
+        Methods that work in stages make one run through all of them.
+
+        Raises:
+            ValueError: If sparsities do not increase or cannot be reached, or a setting does not
+                fit the network.
+            NonFiniteError: If weights, a loss or a product are not finite.
+        """
+        problem.require_sparsities(sparsities)
+        self.require(problem)
+        return self.method.run(problem, sparsities, self.spec.settings)
+
+
+def pruner(text: str, option: str = "method") -> Pruner:
+    """Return the method of pruning that a text names.
+
+    Args:
+        text: For example ``"krylov:temperature=4,products=50"``.
+        option: What the text was given for, for messages.
+
+    Raises:
+        ValueError: If the method or a setting is not known or out of range.
+
+    Example:
+        >>> pruner("eigenspace:k=50").title
+        'compensated, eigenspace, k=50'
+    """
+    spec = parse_spec(text, option, {name: method.settings for name, method in METHODS.items()})
+    method = METHODS[spec.name]
+    try:
+        method.check(spec.settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'`{option}` "{text}": {error}') from error
+    return Pruner(text, method, spec)
+
+
+def alternatives(text: str) -> list[str]:
+    """Return every setting of a text with alternatives between bars.
+
+    Example:
+        >>> alternatives("krylov:temperature=2|4,products=50")
+        ['krylov:temperature=2,products=50', 'krylov:temperature=4,products=50']
+    """
+    name, separator, rest = text.partition(":")
+    if not separator:
+        return [text]
+    parts = []
+    for part in rest.split(","):
+        key, equals, values = part.partition("=")
+        parts.append([f"{key}{equals}{value}" for value in values.split("|")])
+    return [f"{name}:{','.join(chosen)}" for chosen in itertools.product(*parts)]

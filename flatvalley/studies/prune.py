@@ -1,0 +1,229 @@
+"""What ``flatvalley prune`` does: one trained network made sparse, and measured around it."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatvalley.dense_network import DenseNetwork, Measured
+from flatvalley.pruners import Pruner, pruner
+from flatvalley.pruning_methods import PrunedAt
+from flatvalley.pruning_problem import PruningProblem, require_sparsities
+from flatvalley.run import Run
+from flatvalley.sparse_weights import save_sparse_weights
+from flatvalley.trainees import model_state
+from hessian import ConvergenceWarning
+from pruning import CalibrationWarning
+from pruning.allocation import Allocation
+
+NOTED = (ConvergenceWarning, CalibrationWarning)
+"""Warnings that the report repeats."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of one pruning.
+
+    Raises:
+        ValueError: If one is out of range; the message says what it must be.
+
+    Example:
+        >>> PruneConfig("magnitude", 0.9, allocation=("*.bias=0", "uniform"))
+        Traceback (most recent call last):
+        ...
+        ValueError: `allocation` must be global, uniform, or PATTERN=SHARE for some, got "uniform".
+    """
+
+    method: str
+    """See :func:`flatvalley.pruners.pruner`."""
+    sparsity: float
+    """Share of zeros wanted among all weights that are trained."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of parameters that stay as many as they are."""
+    allocation: tuple[str, ...] = ()
+    """``global``, ``uniform``, or sparsities by glob pattern such as ``*.bias=0.5``."""
+    recalibrate: bool = True
+    """Whether the statistics of batch norm are renewed for the sparse weights."""
+
+    def __post_init__(self) -> None:
+        require_sparsities([self.sparsity])
+        self.pruner  # noqa: B018 - parsed, to refuse it at once
+        self.shares  # noqa: B018
+
+    @property
+    def pruner(self) -> Pruner:
+        """The method, parsed."""
+        return pruner(self.method)
+
+    @property
+    def shares(self) -> Allocation | None:
+        """The allocation, parsed; None for the method's own."""
+        if not self.allocation:
+            return None
+        if self.allocation == ("global",):
+            return "global"
+        if self.allocation == ("uniform",):
+            return "uniform"
+        found = {}
+        for text in self.allocation:
+            pattern, _, share = text.rpartition("=")
+            try:
+                found[pattern] = float(share)
+            except ValueError:
+                pattern = ""
+            if not pattern:
+                raise ValueError(
+                    "`allocation` must be global, uniform, or PATTERN=SHARE for some, got "
+                    f'"{text}".'
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is left of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    left: int
+    """Weights that are not zero."""
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is left."""
+        return self.left / self.size if self.size else 1.0
+
+
+@dataclass(frozen=True)
+class PruneFindings:
+    """The sparse network beside the dense one."""
+
+    config: PruneConfig
+    description: str
+    """What was pruned, in a line."""
+    dense: Measured
+    pruned: Measured
+    result: PrunedAt
+    layers: tuple[Layer, ...]
+    num_weights: int
+    num_dense: int
+    """Weights of the dense network that are not zero."""
+    num_samples: int
+    """Calibration samples."""
+    num_test_samples: int
+    recalibrated: bool
+    notes: tuple[str, ...]
+    file_bytes: tuple[int, int]
+    """Sizes of the files of weights: plain, and compact."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among all weights."""
+        return 1.0 - sum(layer.left for layer in self.layers) / self.num_weights
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The evidence of every stage as rows of a table."""
+        return [asdict(stage) for stage in self.result.stages]
+
+
+def prune(run: Run, dense: DenseNetwork, config: PruneConfig, description: str) -> PruneFindings:
+    """Prune a network, measure it, and write its weights into the run's folder.
+
+    The weights are written once all is computed, every file whole or not at all: a run that is cut
+    off leaves none. The model stays as it is.
+
+    Args:
+        run: The folder.
+        dense: The network.
+        config: Settings.
+        description: What it is, in a line.
+
+    Raises:
+        ValueError: If the method cannot do what is asked, or the sparsity cannot be reached.
+        NonFiniteError: If a weight, a loss or a product is not finite.
+    """
+    problem = dense.problem(exclude=config.exclude, allocation=config.shares)
+    with noted() as notes:
+        (result,) = config.pruner.prune(problem, [config.sparsity])
+    recalibrated = config.recalibrate and dense.has_batch_norm
+    model = dense.with_weights(result.weights, recalibrate=recalibrated)
+    test = dense.data.test
+    before, after = dense.measure(dense.model, test), dense.measure(model, test)
+    state = model_state(model)
+    sparse = save_sparse_weights(run.path / "sparse.safetensors", state)
+    plain = run.write_tensors("weights.safetensors", state)
+    return PruneFindings(
+        config,
+        description,
+        before,
+        after,
+        result,
+        layers_of(problem, result.weights),
+        len(result.weights),
+        int(torch.count_nonzero(problem.w)),
+        problem.num_samples,
+        test.num_samples,
+        recalibrated,
+        tuple(notes),
+        (plain.stat().st_size, sparse.stat().st_size),
+    )
+
+
+def layers_of(problem: PruningProblem, w: Tensor) -> tuple[Layer, ...]:
+    """Return what weights leave of every parameter."""
+    return tuple(
+        Layer(name, tuple(t.shape), t.numel(), int(torch.count_nonzero(t)))
+        for name, t in problem.objective.unflatten(w).items()
+    )
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Collect what methods of pruning warn of, each text once; other warnings are shown."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        for category in NOTED:
+            warnings.simplefilter("always", category)
+        yield notes
+    for warning in caught:
+        if issubclass(warning.category, NOTED):
+            if str(warning.message) not in notes:
+                notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
+def prune_tables(findings: PruneFindings) -> dict[str, Sequence[dict[str, Any]]]:
+    """Return the study's tables by name: rows of plain numbers."""
+    result = findings.result
+    tables: dict[str, Sequence[dict[str, Any]]] = {
+        "networks": [
+            {"network": "dense", "sparsity": 0.0} | asdict(findings.dense),
+            {"network": "pruned", "sparsity": findings.sparsity}
+            | asdict(findings.pruned)
+            | {
+                "products": result.products,
+                "gradients": result.gradients,
+                "seconds": result.seconds,
+            },
+        ],
+        "layers": [
+            {
+                "parameter": layer.name,
+                "shape": "x".join(map(str, layer.shape)),
+                "weights": layer.size,
+                "left": layer.left,
+                "density": layer.density,
+            }
+            for layer in findings.layers
+        ],
+    }
+    return tables | ({"stages": findings.stages} if findings.stages else {})

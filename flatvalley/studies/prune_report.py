@@ -1,0 +1,175 @@
+"""The words and tables of one pruning's report."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as ConsoleTable
+
+from flatvalley.dense_network import Measured
+from flatvalley.report import Picture, Report, Table, TableRow, write_report
+from flatvalley.run import Run
+from flatvalley.studies.prune import PruneFindings
+from flatvalley.studies.train_report import number, percent
+from flatvalley.studies.verify_figures import FigureText
+
+
+def write_prune_report(findings: PruneFindings, run: Run, figures: Sequence[FigureText]) -> Path:
+    """Write ``report.html`` into the run's folder."""
+    report = Report(
+        title="Pruning a trained network",
+        byline=(
+            f"{findings.description} ({findings.num_weights:,} weights); flatvalley "
+            f"{run.record['environment']['flatvalley']}, {run.record['started'][:10]}"
+        ),
+        verdict=_verdict(findings),
+        good=not findings.notes,
+        conclusion=findings.notes,
+        claims=(),
+        tables=[_networks_table(findings), _layers_table(findings)],
+        pictures=[
+            Picture(f.name, f.title, f.caption, run.path / "figures" / f"{f.name}.png")
+            for f in figures
+        ],
+        methods=_methods_text(findings),
+        provenance=[
+            ("settings", json.dumps(run.record["config"])),
+            ("versions", ", ".join(f"{k} {v}" for k, v in run.record["environment"].items())),
+            ("started", run.record["started"]),
+            ("finished", run.record["finished"]),
+            ("weights", "weights.safetensors: the model's state; sparse.safetensors: compact"),
+        ],
+    )
+    return write_report(report, run.path / "report.html")
+
+
+def console_summary(findings: PruneFindings) -> ConsoleTable:
+    """Return the two networks side by side, for the terminal."""
+    table = ConsoleTable(title=findings.config.pruner.title)
+    table.add_column("network")
+    for column in ("zeros", "test loss", "accuracy", "distance", "products", "seconds"):
+        table.add_column(column, justify="right")
+    for cells in _network_rows(findings):
+        table.add_row(*cells)
+    return table
+
+
+def summary(findings: PruneFindings) -> dict[str, Any]:
+    """Return what ``run.json`` says of the two networks."""
+    result = findings.result
+    return {
+        "results": {
+            "dense": vars(findings.dense),
+            "pruned": vars(findings.pruned)
+            | {"sparsity": findings.sparsity, "recalibrated": findings.recalibrated},
+        },
+        "cost": {
+            "products": result.products,
+            "gradients": result.gradients,
+            "seconds": round(result.seconds, 3),
+        },
+        "weights": findings.num_weights,
+        "calibration_samples": findings.num_samples,
+        "notes": list(findings.notes),
+    }
+
+
+def _verdict(findings: PruneFindings) -> str:
+    head = f"{percent(findings.sparsity)} of {findings.num_weights:,} weights are zero"
+    before, after = findings.dense.accuracy, findings.pruned.accuracy
+    if before is None or after is None:
+        return (
+            f"{head}; the test loss is {number(findings.pruned.loss)}, before it was "
+            f"{number(findings.dense.loss)}."
+        )
+    return (
+        f"{head}; {percent(after)} of the test samples are right, before it were {percent(before)}."
+    )
+
+
+def _network_rows(findings: PruneFindings) -> list[list[str]]:
+    def cells(name: str, zeros: float, measured: Measured) -> list[str]:
+        return [
+            name,
+            percent(zeros),
+            number(measured.loss),
+            percent(measured.accuracy),
+            number(measured.distance),
+        ]
+
+    result = findings.result
+    already = 1.0 - findings.num_dense / findings.num_weights
+    return [
+        [*cells("dense", already, findings.dense), "–", "–"],
+        [
+            *cells("pruned", findings.sparsity, findings.pruned),
+            f"{result.products:,}",
+            f"{result.seconds:.1f}",
+        ],
+    ]
+
+
+def _networks_table(findings: PruneFindings) -> Table:
+    kind = (
+        "the mean KL divergence of the classes' probabilities"
+        if findings.pruned.accuracy is not None
+        else "the mean squared difference of the outputs"
+    )
+    plain, compact = findings.file_bytes
+    return Table(
+        "Before and after",
+        f"On {findings.num_test_samples:,} test samples. Distance: {kind} from the dense "
+        f"network's. Zeros are counted among all {findings.num_weights:,} trained weights, biases "
+        "and normalisation layers included. Products with a matrix of second derivatives, and "
+        "seconds of the processor (of the wall on a GPU), are those of the pruning alone. The "
+        f"file of weights has {plain / 1e6:.3g} MB, the compact one {compact / 1e6:.3g} MB.",
+        ["network", "zeros", "test loss", "test accuracy", "distance", "products", "seconds"],
+        [
+            TableRow(cells, "control" if cells[0] == "dense" else "")
+            for cells in _network_rows(findings)
+        ],
+    )
+
+
+def _layers_table(findings: PruneFindings) -> Table:
+    return Table(
+        "What is left of every parameter",
+        "Weights that are not zero.",
+        ["parameter", "shape", "weights", "left", "share left"],
+        [
+            TableRow(
+                [
+                    layer.name,
+                    " × ".join(map(str, layer.shape)),
+                    f"{layer.size:,}",
+                    f"{layer.left:,}",
+                    percent(layer.density),
+                ]
+            )
+            for layer in findings.layers
+        ],
+    )
+
+
+def _methods_text(findings: PruneFindings) -> list[str]:
+    config, method = findings.config, findings.config.pruner.method
+    if method.calibrates:
+        seen = (
+            f"It saw {findings.num_samples:,} training samples, "
+            f"{'with' if method.labels else 'without'} their labels."
+        )
+    else:
+        seen = "It saw no samples."
+    texts = [
+        f"Method: {config.pruner.title}. {seen} The network was not trained afterwards. No setting "
+        "was chosen by the test samples here.",
+    ]
+    if config.exclude:
+        texts.append(f"Excluded, and counted all the same: {', '.join(config.exclude)}.")
+    if findings.recalibrated:
+        texts.append(
+            "Mean and variance of batch norm were renewed on the calibration samples for the "
+            "sparse weights; those of the dense network are as it was trained."
+        )
+    return texts
