@@ -22,7 +22,6 @@ from flatvalley.train_config import TrainConfig
 TARGETS = (0.90, 0.95, 0.98)
 SEEDS = (0, 1, 2)
 CHOOSING_SEED = 100
-LR = 0.1
 POINTS_BELOW = {0.90: 0.3, 0.95: 0.5}
 """By how much gRDA's accuracy may be below SGD's, in points."""
 
@@ -34,6 +33,7 @@ class Plan:
     model: str
     epochs: int
     schedule: str
+    lr: float = 0.1
     magnitude: str = ""
     """Settings of gradual magnitude pruning; without it if empty."""
     choices: tuple[str, ...] = ()
@@ -47,12 +47,13 @@ PLANS = {
         "lenet-300-100",
         20,
         "step:at=18",
-        "end=0.75,keep=*bias",
-        ("magnitude:target=0.95,end=0.5,keep=*bias", "magnitude:target=0.95,end=0.75,keep=*bias"),
+        magnitude="end=0.5,keep=*bias",
+        choices=(
+            "magnitude:target=0.95,end=0.5,keep=*bias",
+            "magnitude:target=0.95,end=0.75,keep=*bias",
+        ),
     ),
-    # Four epochs turned out to be too few; kept beside the longer ones.
-    "lenet-5-short": Plan("lenet-5", 4, "step:at=3"),
-    "lenet-5": Plan("lenet-5", 8, "step:at=7", "end=0.75,keep=*bias"),
+    "lenet-5": Plan("lenet-5", 8, "step:at=6", lr=0.2, magnitude="end=0.5,keep=*bias"),
 }
 
 
@@ -62,7 +63,7 @@ def settings(plan: Plan, run: str, seed: int) -> TrainConfig:
         model=plan.model,
         runs=(run,),
         epochs=plan.epochs,
-        lr=LR,
+        lr=plan.lr,
         schedule=plan.schedule,
         channels_last=plan.model == "lenet-5",
         seed=seed,
@@ -87,7 +88,7 @@ def lines_for(plan: Plan, cells: Cells) -> list[str]:
     """Run what is missing and return the lines for one network."""
     ends = cells.ends(runs_of(plan), lambda run, seed: settings(plan, run, seed), SEEDS)
     return [
-        f"{plan.model}: {plan.epochs} epochs, learning rate {LR} ({plan.schedule}), "
+        f"{plan.model}: {plan.epochs} epochs, learning rate {plan.lr} ({plan.schedule}), "
         "batch 128, mu 0.6" + (f"; magnitude: {plan.magnitude}" if plan.magnitude else ""),
         *table(ends),
         "",

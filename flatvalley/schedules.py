@@ -1,9 +1,12 @@
 """Learning-rate schedules: what the base rate is multiplied by, as a function of the step."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 from flatvalley.specs import parse_spec
+from pruning.sparsity_target import LANDING
 
 SCHEDULES: dict[str, Mapping[str, type]] = {
     "constant": {},
@@ -61,6 +64,28 @@ def schedule(text: str, *, epochs: int, steps_per_epoch: int, warmup: float = 0.
         base = lambda step: 1.0  # noqa: E731
     rising = round(warmup * steps_per_epoch)
     return lambda step: base(step) * min((step + 1) / rising if rising else 1.0, 1.0)
+
+
+def horizon_by_time(factor: Factor, num_steps: int) -> int:
+    """Return the horizon with which gRDA lands after three quarters of the training time.
+
+    Training time is the sum of the rates. ``GRDA`` lands after three quarters of the horizon's
+    steps; under a decaying rate that is late, when weights hardly move any more to make up for
+    those that go.
+
+    Args:
+        factor: The schedule.
+        num_steps: Steps of the whole training.
+
+    Example:
+        >>> horizon_by_time(schedule("constant", epochs=4, steps_per_epoch=10), 40)
+        40
+        >>> horizon_by_time(schedule("step:at=2", epochs=4, steps_per_epoch=10), 40)
+        23
+    """
+    times = list(accumulate(factor(step) for step in range(num_steps)))
+    landing = 1 + bisect_left(times, LANDING * times[-1])
+    return max(1, round(landing / LANDING))
 
 
 def _paper(progress: float) -> float:

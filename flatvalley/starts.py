@@ -18,6 +18,7 @@ def start_trainees(
     make_model: Callable[[], nn.Module],
     *,
     num_steps: int,
+    horizon: int,
     world_size: int = 1,
 ) -> list[Trainee]:
     """Return a trainee for every run of the settings, all with the same weights.
@@ -26,6 +27,7 @@ def start_trainees(
         config: Settings, with the device of this process.
         make_model: Returns the same freshly started model at every call.
         num_steps: Steps of the whole training.
+        horizon: gRDA's horizon in steps, where a run does not name one.
         world_size: Number of processes.
 
     Raises:
@@ -48,6 +50,7 @@ def start_trainees(
                 criterion,
                 config,
                 num_steps=num_steps,
+                horizon=horizon,
                 distributed=world_size > 1,
             )
         )

@@ -52,7 +52,8 @@ class TrainConfig:
     """Optimizers side by side, from one start and on the same batches.
 
     ``sgd``, with ``momentum``, ``weight_decay``. ``grda``, with ``c`` or ``target`` (the sparsity
-    wanted), ``mu`` and ``horizon`` (the share of all steps in which the target is to be reached).
+    wanted), ``mu`` and ``horizon`` (a share of all steps, after three quarters of which
+    the target is to be there; left out, that is after three quarters of the training time).
     ``magnitude``: SGD with gradual magnitude pruning to ``target`` from ``begin`` to ``end``
     (shares of all steps), ``every`` so many steps. All take ``lr`` in place of the common one; the
     sparse ones take ``keep``, glob patterns joined by ``+`` of parameters that stay dense.

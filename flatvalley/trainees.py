@@ -31,6 +31,7 @@ class Trainee:
         criterion: The loss.
         config: Settings of the training.
         num_steps: Steps of the whole training.
+        horizon: gRDA's horizon in steps, where the run does not name one.
         distributed: Whether gradients are averaged over the processes of the default group.
     """
 
@@ -43,13 +44,14 @@ class Trainee:
         config: TrainConfig,
         *,
         num_steps: int,
+        horizon: int,
         distributed: bool = False,
     ) -> None:
         self.name, self.spec, self.model, self.criterion = text, spec, model, criterion
         self.folder = file_name(text)
         """Name of the folder of its weights."""
         self.base_lr = float(spec.settings.get("lr", config.lr))
-        self.optimizer = _optimizer(spec, model, self.base_lr, num_steps)
+        self.optimizer = _optimizer(spec, model, self.base_lr, num_steps, horizon)
         self.pruner = _pruner(spec, model, self.optimizer, num_steps)
         self._precision = config.precision
         self._device_type = torch.device(config.device).type
@@ -139,7 +141,9 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _optimizer(spec: Spec, model: nn.Module, lr: float, num_steps: int) -> torch.optim.Optimizer:
+def _optimizer(
+    spec: Spec, model: nn.Module, lr: float, num_steps: int, horizon: int
+) -> torch.optim.Optimizer:
     given = {k: v for k, v in spec.settings.items() if k in ("momentum", "weight_decay")}
     params = [p for p in model.parameters() if p.requires_grad]
     if spec.name != "grda":
@@ -151,7 +155,8 @@ def _optimizer(spec: Spec, model: nn.Module, lr: float, num_steps: int) -> torch
     mu = spec.settings.get("mu", 0.6)
     if "c" in spec.settings:
         return GRDA(groups, lr, c=spec.settings["c"], mu=mu)
-    horizon = max(1, round(spec.settings.get("horizon", 1.0) * num_steps))
+    if "horizon" in spec.settings:
+        horizon = max(1, round(spec.settings["horizon"] * num_steps))
     return GRDA(groups, lr, mu=mu, target_sparsity=spec.settings["target"], horizon=horizon)
 
 

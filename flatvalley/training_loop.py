@@ -15,7 +15,7 @@ from flatvalley.divergence import all_finite, locate
 from flatvalley.evaluation import evaluate
 from flatvalley.process_group import sum_over_ranks
 from flatvalley.run import Row, Run
-from flatvalley.schedules import schedule
+from flatvalley.schedules import horizon_by_time, schedule
 from flatvalley.snapshots import snapshot_steps, write_snapshot
 from flatvalley.starts import start_trainees, try_out
 from flatvalley.surroundings import everything_put_back, seed_noise, warnings_noted
@@ -157,7 +157,11 @@ class Training:
 
     def _start(self) -> list[Trainee]:
         return start_trainees(
-            self.config, self._make_model, num_steps=self.num_steps, world_size=self.world_size
+            self.config,
+            self._make_model,
+            num_steps=self.num_steps,
+            horizon=horizon_by_time(self._factor, self.num_steps),
+            world_size=self.world_size,
         )
 
     def _advance(self) -> None:

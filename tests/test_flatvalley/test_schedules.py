@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flatvalley.recipes import RECIPES, config_of
-from flatvalley.schedules import schedule
+from flatvalley.schedules import horizon_by_time, schedule
 
 # Steps of an epoch of CIFAR-10 at batch 128.
 CIFAR = 391
@@ -107,3 +107,13 @@ def test_overrides_replace_settings_of_a_recipe_one_by_one():
     assert config.schedule == "paper"
     with pytest.raises(ValueError, match="`RECIPE` must be one of lenet-300-100-mnist, "):
         config_of("vgg16-imagenet", {})
+
+
+@pytest.mark.parametrize("text", ["constant", "step:at=12", "cosine", "paper"])
+def test_the_horizon_lands_after_three_quarters_of_the_training_time(text):
+    factor = schedule(text, epochs=20, steps_per_epoch=50)
+    horizon = horizon_by_time(factor, 1000)
+    rates = [factor(step) for step in range(1000)]
+    landing = round(0.75 * horizon)
+    assert abs(sum(rates[:landing]) / sum(rates) - 0.75) < 0.002
+    assert (horizon == 1000) == (text == "constant")
