@@ -7,6 +7,7 @@ import typer
 
 import flatvalley
 from flatvalley.checkpoints import StorageError
+from flatvalley.commands.compare import compare
 from flatvalley.commands.prune import prune
 from flatvalley.commands.refusals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from flatvalley.commands.spectrum import spectrum
@@ -19,7 +20,7 @@ app = typer.Typer(
     help="Hessian, loss landscape and directional pruning of neural networks.",
     pretty_exceptions_enable=False,
 )
-for command in (verify, train, spectrum, prune):
+for command in (verify, train, spectrum, prune, compare):
     app.command()(command)
 
 

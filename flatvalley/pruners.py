@@ -1,8 +1,9 @@
 """Methods of pruning by name: ``krylov:temperature=4``, ``magnitude:allocation=uniform``."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flatvalley.pruning_methods import EIGENSPACE, METHODS, Method, PrunedAt
 from flatvalley.pruning_problem import PruningProblem
@@ -22,11 +23,7 @@ class Pruner:
     @property
     def title(self) -> str:
         """The method and its settings as people write them."""
-        parts = [
-            f"{_SIGNS.get(key, key)}={value:g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in self.spec.settings.items()
-        ]
-        return ", ".join([self.method.title, *parts])
+        return ", ".join([self.method.title, *settings_title(self.spec.settings)])
 
     def require(self, problem: PruningProblem) -> None:
         """See that the method can do what the problem asks for.
@@ -86,6 +83,19 @@ def pruner(text: str, option: str = "method") -> Pruner:
     except (TypeError, ValueError) as error:
         raise ValueError(f'`{option}` "{text}": {error}') from error
     return Pruner(text, method, spec)
+
+
+def settings_title(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as people write them.
+
+    Example:
+        >>> settings_title({"temperature": 4.0, "stages": 3})
+        ['T=4', 'stages=3']
+    """
+    return [
+        f"{_SIGNS.get(key, key)}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in settings.items()
+    ]
 
 
 def alternatives(text: str) -> list[str]:

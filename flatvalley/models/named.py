@@ -6,11 +6,13 @@ from functools import partial
 from torch import nn
 
 from flatvalley.models.lenet import lenet_5, lenet_300_100
+from flatvalley.models.mlp import digits_mlp
 from flatvalley.models.resnet import resnet20, resnet50
 from flatvalley.models.vgg import vgg16, vgg16_imagenet
 from flatvalley.models.wide_resnet import wrn_28_10
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "digits-mlp": digits_mlp,
     "lenet-300-100": lenet_300_100,
     "lenet-5": lenet_5,
     "resnet20": resnet20,
