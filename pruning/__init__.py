@@ -16,11 +16,14 @@ from pruning.grda import GRDA, TheoremWarning
 from pruning.keep_zeros import KeptZeros, keep_zeros
 from pruning.magnitude import magnitude_prune, random_prune
 from pruning.masks import Masks
+from pruning.obd import ObdPruned, obd_prune
 from pruning.pruned import Pruned
 from pruning.saliency import CalibrationWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
+from pruning.sparse_layers import SparseLinear, to_dense, to_sparse
 from pruning.sparsity_target import SparsityWarning
 from pruning.transport import Transport
+from pruning.woodfisher import FisherStage, WoodFisherPruned, woodfisher_prune
 
 __all__ = [
     "GRDA",
@@ -28,17 +31,21 @@ __all__ = [
     "CompensatedPruned",
     "DenseDistance",
     "EigenspaceSolver",
+    "FisherStage",
     "GradualMagnitude",
     "KeptZeros",
     "KrylovSolver",
     "Masks",
+    "ObdPruned",
     "PathPruned",
     "Pruned",
     "Scores",
+    "SparseLinear",
     "SparsityWarning",
     "Stage",
     "TheoremWarning",
     "Transport",
+    "WoodFisherPruned",
     "compensated_prune",
     "directional_path",
     "directional_prune",
@@ -48,8 +55,12 @@ __all__ = [
     "keep_zeros",
     "lambda_for_sparsity",
     "magnitude_prune",
+    "obd_prune",
     "random_prune",
     "recalibrate_batch_norm_",
     "schedule_response",
     "soft_threshold",
+    "to_dense",
+    "to_sparse",
+    "woodfisher_prune",
 ]
