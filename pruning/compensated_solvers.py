@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -18,6 +18,11 @@ from hessian import (
 from pruning.dense_distance import DenseDistance
 from pruning.eigenspace_compensation import remove_compensated
 from pruning.krylov_compensation import compensating_step
+from pruning.preconditioners import (
+    Preconditioning,
+    diagonal_preconditioner,
+    row_preconditioner,
+)
 from pruning.saliency import (
     CalibrationWarning,
     KroneckerFactors,
@@ -66,6 +71,8 @@ class KrylovSolver:
         num_draws: Draws of random targets for the saliencies of a stage.
         tol: Stop a system at this relative residual.
         progress: Stop it when an iteration lowers its value by less than this share.
+        preconditioner: ``"none"``, ``"diagonal"``, or ``"rows"``: a block for every output, from
+            the moments that the saliencies rest on; see ``row_preconditioner``.
         memory_budget: Bytes for kept graphs, as for ``gauss_newton_operator``.
         seed: Seed of the draws.
 
@@ -80,10 +87,16 @@ class KrylovSolver:
     num_draws: int = 1
     tol: float = 1e-4
     progress: float = 5e-4
+    preconditioner: Preconditioning = "none"
     memory_budget: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.preconditioner not in get_args(Preconditioning):
+            raise ValueError(
+                f"`preconditioner` must be one of {get_args(Preconditioning)}, got "
+                f"{self.preconditioner!r}."
+            )
         if self.steps < 1 or self.products < 2 * self.steps:
             raise ValueError(
                 "`steps` must be at least 1 and `products` at least 2 a step, got "
@@ -162,6 +175,11 @@ class _KrylovStages:
         cost[~(alive & prunable)] = math.inf
         alive = alive.clone()
         alive[cost.argsort(stable=True)[:count]] = False
+        preconditioner = None
+        if o.preconditioner == "diagonal":
+            preconditioner = diagonal_preconditioner(factors, self._tau)
+        elif o.preconditioner == "rows":
+            preconditioner = row_preconditioner(factors, distance, alive, self._tau)
         steps = []
         for _ in range(o.steps):
             step = compensating_step(
@@ -172,6 +190,7 @@ class _KrylovStages:
                 tol=o.tol,
                 progress=o.progress,
                 max_products=o.products // o.steps,
+                preconditioner=preconditioner,
                 memory_budget=o.memory_budget,
             )
             w = step.weights
