@@ -14,8 +14,10 @@ from pruning.directional_path import PathPruned, directional_path
 from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
 from pruning.keep_zeros import KeptZeros, keep_zeros
+from pruning.layer_inputs import LayerInputs, input_moments
 from pruning.magnitude import magnitude_prune, random_prune
 from pruning.masks import Masks
+from pruning.obc import LayerError, LayerTrace, ObcPruned, ObcTraces, obc_traces
 from pruning.obd import ObdPruned, obd_prune
 from pruning.pruned import Pruned
 from pruning.saliency import CalibrationWarning
@@ -23,6 +25,7 @@ from pruning.scores import Scores, directional_scores, flat_response, schedule_r
 from pruning.sparse_layers import SparseLinear, to_dense, to_sparse
 from pruning.sparsity_target import SparsityWarning
 from pruning.transport import Transport
+from pruning.wanda import wanda_prune
 from pruning.woodfisher import FisherStage, WoodFisherPruned, woodfisher_prune
 
 __all__ = [
@@ -35,7 +38,12 @@ __all__ = [
     "GradualMagnitude",
     "KeptZeros",
     "KrylovSolver",
+    "LayerError",
+    "LayerInputs",
+    "LayerTrace",
     "Masks",
+    "ObcPruned",
+    "ObcTraces",
     "ObdPruned",
     "PathPruned",
     "Pruned",
@@ -52,9 +60,11 @@ __all__ = [
     "directional_scores",
     "first_clip",
     "flat_response",
+    "input_moments",
     "keep_zeros",
     "lambda_for_sparsity",
     "magnitude_prune",
+    "obc_traces",
     "obd_prune",
     "random_prune",
     "recalibrate_batch_norm_",
@@ -62,5 +72,6 @@ __all__ = [
     "soft_threshold",
     "to_dense",
     "to_sparse",
+    "wanda_prune",
     "woodfisher_prune",
 ]
