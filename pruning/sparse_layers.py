@@ -16,9 +16,9 @@ from hessian.unsharded import HOOKS
 Layout: TypeAlias = Literal["csr", "bsr", "2:4"]
 """How the weights that are not zero are laid out; see ``to_sparse``."""
 
-# Above these shares of zeros, of weights or of blocks, the layouts were faster than dense products
-# in benchmarks/sparse_latency.py.
-_WORTH_IT = {"csr": 0.8, "bsr": 0.5, "2:4": 0.5}
+# Shares of zeros, of weights or of blocks, from which on layers with a million weights were faster
+# than dense at every batch in benchmarks/sparse_latency.py; not measured for "2:4".
+_WORTH_IT = {"csr": 0.9, "bsr": 0.9, "2:4": 0.5}
 
 
 class SparseLinear(nn.Module):
@@ -139,7 +139,7 @@ def to_sparse(
         layout: See the table.
         blocksize: Side of the blocks of ``"bsr"``; rows and columns must be multiples of it.
         min_sparsity: Share of zero weights (for ``"bsr"``: of zero blocks) from which on a layer
-            is converted. Default: 0.8 for ``"csr"``, else 0.5.
+            is converted. Default: 0.5 for ``"2:4"``, else 0.9.
 
     Raises:
         ValueError: If the layout is unknown or lacks its blocksize, the share is outside [0, 1],
@@ -150,7 +150,7 @@ def to_sparse(
         >>> import torch
         >>> model = torch.nn.Linear(4, 2, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[0.0, 0, 3, 0], [0, 0, 0, 0]]))
-        >>> sparse = to_sparse(model)
+        >>> sparse = to_sparse(model, min_sparsity=0.8)
         >>> sparse
         SparseLinear(in_features=4, out_features=2, bias=False, layout=csr, stored=0.1250)
         >>> sparse(torch.ones(1, 4))

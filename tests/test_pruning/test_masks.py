@@ -531,6 +531,15 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, bits, shapes):
         Masks.load(path)
 
 
+def test_a_file_with_a_mask_of_unknown_shape_is_refused(tmp_path):
+    path = tmp_path / "masks.safetensors"
+    byte = torch.tensor([128], dtype=torch.uint8)
+    metadata = {"format": "flatvalley masks 1", "shapes": '{"w": [1]}'}
+    save_file({"w": byte, "v": byte.clone()}, path, metadata)
+    with pytest.raises(DamagedFileError, match="names and shapes differ"):
+        Masks.load(path)
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = Masks.of(network()).save(tmp_path / "masks.safetensors")
     before = path.read_bytes()

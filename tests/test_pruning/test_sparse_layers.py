@@ -14,7 +14,7 @@ from pruning import SparseLinear, keep_zeros, to_dense, to_sparse
 F64 = torch.float64
 
 
-def pruned(model, sparsity=0.9, block=1, seed=0, dtype=F64):
+def pruned(model, sparsity=0.95, block=1, seed=0, dtype=F64):
     """Random weights, and a share of zeros in blocks, in every matrix."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -152,7 +152,7 @@ def test_only_linear_layers_with_enough_zeros_are_converted():
 def test_bsr_counts_blocks_and_leaves_shapes_that_do_not_fit():
     scattered = network(sparsity=0.9)
     message = (
-        r"worth converting to 'bsr', got none: `0` has 0.0+ of its blocks zero, less than 0.5; "
+        r"worth converting to 'bsr', got none: `0` has 0.0+ of its blocks zero, less than 0.9; "
         r"`2` \[16, 48\] is no multiple of the blocksize 32"
     )
     with pytest.raises(ValueError, match=message):
@@ -203,7 +203,7 @@ def test_a_linear_layer_alone_and_a_wrapped_model():
 @pytest.mark.parametrize(("layout", "blocksize"), FORMS[:2])
 def test_copies_states_and_conversions_work(tmp_path, layout, blocksize):
     model = network(block=blocksize or 1, dtype=torch.float32)
-    sparse = to_sparse(model, layout, blocksize=blocksize)
+    sparse = to_sparse(model, layout, blocksize=blocksize, min_sparsity=0.5)
     x = inputs(5, 32, dtype=torch.float32)
     assert torch.equal(copy.deepcopy(sparse)(x), sparse(x))
     save_file(sparse.state_dict(), tmp_path / "sparse.safetensors")
@@ -228,7 +228,7 @@ def test_memory_is_that_of_the_weights_left():
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_saves_a_graph_for_any_batch(layout, blocksize, strict, unchecked_shapes):
     model = network(block=blocksize or 1)
-    sparse = to_sparse(model, layout, blocksize=blocksize)
+    sparse = to_sparse(model, layout, blocksize=blocksize, min_sparsity=0.5)
     rows = {0: torch.export.Dim("rows", min=2)}
     program = torch.export.export(sparse, (inputs(4, 32),), dynamic_shapes=(rows,), strict=strict)
     file = io.BytesIO()
@@ -310,7 +310,7 @@ def test_a_model_without_linear_layers_is_refused():
 def test_types_without_a_product_are_refused(layout, blocksize, dtype):
     model = network(block=blocksize or 1, dtype=dtype)
     with pytest.raises(ValueError, match=rf"multiplies for {dtype} on cpu, the weights of `0`"):
-        to_sparse(model, layout, blocksize=blocksize)
+        to_sparse(model, layout, blocksize=blocksize, min_sparsity=0.5)
 
 
 def two_of_four(rows, columns):
