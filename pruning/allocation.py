@@ -25,6 +25,7 @@ def keep_mask(
     objective: Objective | None = None,
     allocation: Allocation = "global",
     exclude: Sequence[str] = (),
+    progress: float = 1.0,
 ) -> Bool[Tensor, " d"]:
     """Return True for the weights that stay when those of the lowest scores go.
 
@@ -49,6 +50,8 @@ def keep_mask(
         allocation: See the table. Of several patterns that fit, the first counts.
         exclude: Glob patterns of parameters that stay as they are. They count for the sparsity,
             and no allocation concerns them.
+        progress: Share of the weights that have to go that goes now, for pruning in stages;
+            rounded for every tensor with a share of its own.
 
     Raises:
         ValueError: If w is not finite, a score is NaN, something does not fit, a share is outside
@@ -77,10 +80,10 @@ def keep_mask(
     for name, zeros in fixed.items():
         part = places[name]
         going = zeros - int((w[part] == 0).sum())
-        _drop_lowest_(keep[part], scores[part], may_go[part], going)
+        _drop_lowest_(keep[part], scores[part], may_go[part], round(progress * going))
         may_go[part] = False
         left -= going
-    _drop_lowest_(keep, scores, may_go, max(left, 0))
+    _drop_lowest_(keep, scores, may_go, round(progress * max(left, 0)))
     return keep
 
 
