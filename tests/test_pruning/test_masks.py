@@ -132,6 +132,13 @@ def test_excluded_parameters_are_not_spoken_of():
         Masks.of(network(), exclude="*")
 
 
+def test_parameters_without_zeros_are_not_touched():
+    model = network()
+    model[0].weight.data.fill_(1.0)
+    expected = [model[0].bias, model[2].weight] + [model[2].bias] * bool((model[2].bias == 0).any())
+    assert [id(p) for p, _ in Masks.of(model).pairs(model)] == [id(p) for p in expected]
+
+
 def test_tied_weights_are_masked_once_and_under_either_name():
     model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     model["b"].weight = model["a"].weight
