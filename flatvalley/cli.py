@@ -9,6 +9,7 @@ import flatvalley
 from flatvalley.checkpoints import StorageError
 from flatvalley.commands.compare import compare
 from flatvalley.commands.prune import prune
+from flatvalley.commands.published import published
 from flatvalley.commands.refusals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from flatvalley.commands.spectrum import spectrum
 from flatvalley.commands.train import train
@@ -20,7 +21,7 @@ app = typer.Typer(
     help="Hessian, loss landscape and directional pruning of neural networks.",
     pretty_exceptions_enable=False,
 )
-for command in (verify, train, spectrum, prune, compare):
+for command in (verify, train, spectrum, prune, compare, published):
     app.command()(command)
 
 

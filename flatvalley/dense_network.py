@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flatvalley.process_group import require_device
 from flatvalley.pruning_problem import Batch, Kind, PruningProblem
 from flatvalley.schedules import schedule
 from flatvalley.specs import Spec
@@ -135,8 +136,8 @@ def load_dense(
         calibration_batch: Of them in a batch.
 
     Raises:
-        ValueError: If the weights do not fit the model, the model does not take the data, or
-            there are not so many samples.
+        ValueError: If the weights do not fit the model, the model does not take the data, there
+            are not so many samples, or no such device.
         NonFiniteError: If a weight is not finite.
         FileNotFoundError: If a file of the data set is not there.
         DamagedFileError: If one is damaged.
@@ -145,6 +146,7 @@ def load_dense(
     for name, value in (("calibration", calibration), ("calibration_batch", calibration_batch)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    require_device(config.device)
     plain = replace(config, augment="none", drop_last=False, batch_size=calibration_batch)
     data = load_train_data(plain)
     found = data.train.num_samples

@@ -39,6 +39,20 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several and device == "cuda" else device
 
 
+def require_device(device: str) -> None:
+    """See that there is such a device.
+
+    Raises:
+        ValueError: If there is none; the message has torch's reason.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f'`device` must be one that is here, got "{device}" ({str(error).splitlines()[0]}).'
+        ) from error
+
+
 def world() -> tuple[int, int]:
     """Return the rank of this process and the number of processes; 0 and 1 without a group."""
     if dist.is_available() and dist.is_initialized():

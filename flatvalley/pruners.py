@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatvalley.pruning_methods import EIGENSPACE, METHODS, Method, PrunedAt
-from flatvalley.pruning_problem import PruningProblem
+from flatvalley.pruning_methods import METHODS, Method
+from flatvalley.pruning_problem import PrunedAt, PruningProblem
+from flatvalley.pruning_runs import EIGENSPACE
 from flatvalley.specs import Spec, parse_spec
 
 _SIGNS = {"temperature": "T", "mu": "μ"}
@@ -19,6 +20,11 @@ class Pruner:
     text: str
     method: Method
     spec: Spec
+
+    @property
+    def labels(self) -> bool:
+        """Whether it takes the labels of the calibration samples."""
+        return self.method.labels(self.spec.settings)
 
     @property
     def title(self) -> str:

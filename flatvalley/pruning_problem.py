@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -140,6 +140,23 @@ class PruningProblem:
                 f"`sparsity` must be at least {zeros / len(self.w):.4f}, the share of zeros that "
                 f"the network has already, got {sparsities[0]:g}. Zeros do not come back."
             )
+
+
+@dataclass(frozen=True)
+class PrunedAt:
+    """The dense network pruned to one sparsity, with what it took to get there."""
+
+    sparsity: float
+    """The share of zeros that was wanted."""
+    weights: Tensor
+    products: int
+    """Products with a matrix of second derivatives since the dense network."""
+    gradients: int
+    """Gradients, of a batch or of a sample, since the dense network."""
+    seconds: float
+    """Time since the dense network: of the processor, or the wall's on a GPU."""
+    stages: tuple[Any, ...] = ()
+    """Evidence of the stages so far, dataclasses with ``sparsity`` and ``loss``; or none."""
 
 
 def require_sparsities(sparsities: Sequence[float]) -> None:

@@ -28,6 +28,8 @@ class Table:
     caption: str
     columns: Sequence[str]
     rows: Sequence[TableRow]
+    prose: bool = False
+    """Whether cells are sentences, which are set flush left and broken."""
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,12 @@ def parse_row(text: str) -> Row:
             TrainConfig(runs=(training_run(candidate, 0.5),))
         title, sees = TRAININGS[name][1], "training"
     elif name in METHODS:
-        specs = [pruner(candidate, "methods").spec for candidate in found]
+        pruners = [pruner(candidate, "methods") for candidate in found]
+        specs = [found.spec for found in pruners]
         method = METHODS[name]
         title = method.title
-        sees = "labels" if method.labels else "inputs" if method.calibrates else "nothing"
+        labels = any(found.labels for found in pruners)
+        sees = "labels" if labels else "inputs" if method.calibrates else "nothing"
     else:
         known = ", ".join([*METHODS, *TRAININGS])
         raise ValueError(f'`methods` must begin with one of {known}, got "{text}".')

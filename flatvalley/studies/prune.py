@@ -11,8 +11,7 @@ from torch import Tensor
 
 from flatvalley.dense_network import DenseNetwork, Measured
 from flatvalley.pruners import Pruner, pruner
-from flatvalley.pruning_methods import PrunedAt
-from flatvalley.pruning_problem import PruningProblem, require_sparsities
+from flatvalley.pruning_problem import PrunedAt, PruningProblem, require_sparsities
 from flatvalley.run import Run
 from flatvalley.sparse_weights import save_sparse_weights
 from flatvalley.trainees import model_state

@@ -157,7 +157,7 @@ def _methods_text(findings: PruneFindings) -> list[str]:
     if method.calibrates:
         seen = (
             f"It saw {findings.num_samples:,} training samples, "
-            f"{'with' if method.labels else 'without'} their labels."
+            f"{'with' if config.pruner.labels else 'without'} their labels."
         )
     else:
         seen = "It saw no samples."

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from flatvalley.data import load_dataset
 from flatvalley.models import tanh_mlp
+from flatvalley.process_group import require_device
 from flatvalley.studies.verify import VerifyConfig
 from flatvalley.studies.verify_cell import network, read_cell
 from flatvalley.user_code import build, build_model, describe, is_refusal, load_weights_
@@ -62,13 +63,7 @@ class Options:
             raise ValueError(f'`dtype` must be float32 or float64, got "{self.dtype}".')
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f'`device` must be one that is here, got "{self.device}" '
-                f"({str(error).splitlines()[0]})."
-            ) from error
+        require_device(self.device)
 
 
 @dataclass(frozen=True)
