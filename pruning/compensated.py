@@ -1,6 +1,5 @@
 """Pruning in stages, where the weights that stay move to make up for those that go."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hessian import ConvergenceWarning, Objective
-from pruning.allocation import prunable
+from pruning.allocation import Allocation, keep_mask, zeros_by_parameter
 from pruning.compensated_solvers import EigenspaceSolver, Estimate, KrylovSolver, Stage
 from pruning.pruned import Pruned, wanted_zeros
 from pruning.scores import require_weights
+from pruning.stages import stage_counts
 
 DEFAULT_STAGES = 12
 
@@ -45,6 +45,7 @@ def compensated_prune(
     sparsity: float,
     solver: Literal["krylov", "eigenspace"] | KrylovSolver | EigenspaceSolver = "krylov",
     stages: int | Sequence[float] = DEFAULT_STAGES,
+    allocation: Allocation = "global",
     exclude: Sequence[str] = (),
     on_stage: Callable[[Stage, Tensor], None] | None = None,
 ) -> CompensatedPruned:
@@ -70,6 +71,8 @@ def compensated_prune(
         solver: A name for its defaults, or a ``KrylovSolver`` or ``EigenspaceSolver``.
         stages: Sparsities on the way, increasing; the last one may be left out. A number n cuts
             the way so that every stage removes the same share of the weights that are left.
+        allocation: ``"global"``, ``"uniform"``, or sparsities by glob pattern; as for
+            ``keep_mask``. All but the first need an ``Objective`` as curvature.
         exclude: Glob patterns of parameters that stay as many as they are. They may move, and
             count for the sparsity. Needs an ``Objective`` as curvature.
         on_stage: Called after every stage with its evidence and the weights; do not change them.
@@ -79,15 +82,14 @@ def compensated_prune(
 
     Raises:
         ValueError: If w is not finite or does not fit, the sparsity is out of range or cannot be
-            reached with what is excluded or is below that of w, stages do not increase, or a
-            pattern matches nothing.
+            reached with what is excluded or allocated or is below that of w, stages do not
+            increase, or a pattern matches nothing.
         TypeError: If the curvature is not what the solver takes.
         NonFiniteError: If a loss or a product is not finite.
 
     Warns:
         ConvergenceWarning: If a stage's move did not lower the loss and was left out, or an
             eigenspace did not converge; the notes say which.
-        CalibrationWarning: If a layer has more inputs than there are calibration rows for it.
         CalibrationWarning: If a layer has more inputs than there are calibration rows for it.
 
     Example:
@@ -114,14 +116,15 @@ def compensated_prune(
     if objective is not None:
         objective.require_vector(w, "w")
     run = options.begin(w, curvature)
+    goals = _counts(w, sparsity, stages)
+    shares = _Shares(sparsity, objective, allocation, exclude)
+    shares.require(w)
     alive = w != 0
-    may_go = prunable(w, objective, exclude)
-    goals = _counts(w, sparsity, stages, may_go=int((alive & may_go).sum()))
     made: list[Stage] = []
     notes: list[str] = []
     for goal in goals:
         gone = len(w) - int(alive.sum())
-        w, alive, stage = run.next(w, alive, may_go, goal - gone)
+        w, alive, stage = run.next(w, alive, shares.keep, goal - gone)
         made.append(stage)
         if stage.length == 0.0:
             notes.append(
@@ -153,6 +156,39 @@ def compensated_prune(
     )
 
 
+@dataclass(frozen=True)
+class _Shares:
+    """Which weights stay in the end, and on the way there."""
+
+    sparsity: float
+    objective: Objective | None
+    allocation: Allocation
+    exclude: Sequence[str]
+
+    def require(self, w: Tensor) -> None:
+        """See that there are weights enough to go."""
+        zeros_by_parameter(
+            w,
+            sparsity=self.sparsity,
+            objective=self.objective,
+            allocation=self.allocation,
+            exclude=self.exclude,
+        )
+
+    def keep(self, cost: Tensor, w: Tensor, count: int) -> Tensor:
+        """Return True for the weights that stay when about ``count`` more go."""
+        left = wanted_zeros(self.sparsity, len(w)) - int((w == 0).sum())
+        return keep_mask(
+            cost,
+            w,
+            sparsity=self.sparsity,
+            objective=self.objective,
+            allocation=self.allocation,
+            exclude=self.exclude,
+            progress=min(1.0, count / max(left, 1)),
+        )
+
+
 def _solver(solver: object) -> KrylovSolver | EigenspaceSolver:
     if isinstance(solver, KrylovSolver | EigenspaceSolver):
         return solver
@@ -166,33 +202,14 @@ def _solver(solver: object) -> KrylovSolver | EigenspaceSolver:
     )
 
 
-def _counts(w: Tensor, sparsity: float, stages: int | Sequence[float], *, may_go: int) -> list[int]:
+def _counts(w: Tensor, sparsity: float, stages: int | Sequence[float]) -> list[int]:
     """Return the number of zeros after every stage."""
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"`sparsity` must be in [0, 1), the share of zeros, got {sparsity}.")
-    size, zeros = len(w), int((w == 0).sum())
-    wanted = wanted_zeros(sparsity, size)
-    if wanted < zeros:
+    zeros = int((w == 0).sum())
+    if wanted_zeros(sparsity, len(w)) < zeros:
         raise ValueError(
-            f"`sparsity` must be at least {zeros / size:.4f}, the share of zeros in `w` already, "
+            f"`sparsity` must be at least {zeros / len(w):.4f}, the share of zeros in `w` already, "
             f"got {sparsity}. Zeros do not come back."
         )
-    if wanted - zeros > may_go:
-        raise ValueError(
-            f"`sparsity` must be at most {(zeros + may_go) / size:.4f} with what `exclude` keeps, "
-            f"got {sparsity}."
-        )
-    if isinstance(stages, int):
-        if stages < 1:
-            raise ValueError(f"`stages` must be at least 1, got {stages}.")
-        left = (size - wanted) / (size - zeros)
-        shares = [1.0 - (size - zeros) / size * left ** (i / stages) for i in range(1, stages)]
-    else:
-        shares = [share for share in stages if share != sparsity]
-        if any(b <= a for a, b in itertools.pairwise([0.0, *shares, sparsity])):
-            raise ValueError(
-                f"`stages` must increase from above 0 up to `sparsity`={sparsity}, got "
-                f"{list(stages)}."
-            )
-    counts = [wanted_zeros(share, size) for share in shares] + [wanted]
-    return sorted({count for count in counts if count > zeros})
+    return stage_counts(len(w), zeros=zeros, sparsity=sparsity, stages=stages)

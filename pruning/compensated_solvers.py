@@ -16,7 +16,7 @@ from hessian import (
     leading_eigenspace,
 )
 from pruning.dense_distance import DenseDistance
-from pruning.eigenspace_compensation import remove_compensated
+from pruning.eigenspace_compensation import Choose, remove_compensated
 from pruning.krylov_compensation import compensating_step
 from pruning.preconditioners import (
     Preconditioning,
@@ -162,7 +162,7 @@ class _KrylovStages:
         self._tau: float | None = None
 
     def next(
-        self, w: Tensor, alive: Tensor, prunable: Tensor, count: int
+        self, w: Tensor, alive: Tensor, choose: Choose, count: int
     ) -> tuple[Tensor, Tensor, Stage]:
         o, distance = self._options, self._distance
         factors = kronecker_factors(distance, w, num_draws=o.num_draws, seed=o.seed)
@@ -172,9 +172,7 @@ class _KrylovStages:
             # Outputs that no weight moves leave G = 0, and any τ gives x = 0.
             self._tau = o.damping * mean if mean > 0 else 1.0
         cost = kronecker_saliency(w, factors, distance, damping=o.saliency_damping)
-        cost[~(alive & prunable)] = math.inf
-        alive = alive.clone()
-        alive[cost.argsort(stable=True)[:count]] = False
+        alive = alive & choose(cost, w, count)
         preconditioner = None
         if o.preconditioner == "diagonal":
             preconditioner = diagonal_preconditioner(factors, self._tau)
@@ -220,7 +218,7 @@ class _EigenspaceStages:
         self._options, self._estimate, self._objective = options, estimate, objective
 
     def next(
-        self, w: Tensor, alive: Tensor, prunable: Tensor, count: int
+        self, w: Tensor, alive: Tensor, choose: Choose, count: int
     ) -> tuple[Tensor, Tensor, Stage]:
         o = self._options
         space = self._estimate(w, alive)
@@ -233,7 +231,7 @@ class _EigenspaceStages:
         tau = o.damping * float(positive.min()) if len(positive) else 1.0
         before = self._loss(w)
         removal = remove_compensated(
-            w, alive, space, tau=tau, count=count, batch=o.batch, prunable=prunable
+            w, alive, space, tau=tau, count=count, batch=o.batch, choose=choose
         )
         stage = Stage(
             1.0 - int(removal.alive.sum()) / len(w),

@@ -1,7 +1,9 @@
 """Optimal Brain Surgeon over all layers at once, with the Hessian known by its eigenspace."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,6 +11,10 @@ from torch import Tensor
 
 from hessian import Eigenspace
 from hessian.vector_rows import CHUNK, row_dots
+
+Choose: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+"""From costs [d], weights [d] and a number to the mask of weights that stay when about so many
+more go."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ def remove_compensated(
     tau: float,
     count: int,
     batch: float = 0.02,
-    prunable: Bool[Tensor, " d"] | None = None,
+    choose: Choose | None = None,
 ) -> Removal:
     """Remove the ``count`` weights that cost least, a batch at a time, and let the rest answer.
 
@@ -47,32 +53,44 @@ def remove_compensated(
         count: Weights to remove.
         batch: Share of the weights alive that goes before everything is computed anew; one weight
             at least, so 0 is one by one.
-        prunable: True for weights that may go. Default: all.
+        choose: Given costs, w and a number, returns True for the weights that stay when about so
+            many more go. Default: those that cost least go.
 
     Raises:
         ValueError: If tau is not positive, batch is not in [0, 1], or fewer than ``count`` weights
-            may go.
+            are alive.
     """
     if not 0 < tau < math.inf:
         raise ValueError(f"`tau` must be positive and finite, got {tau}.")
     if not 0.0 <= batch <= 1.0:
         raise ValueError(f"`batch` must be in [0, 1], a share of the weights alive, got {batch}.")
-    may_go = alive if prunable is None else alive & prunable
-    if not 0 <= count <= int(may_go.sum()):
+    if not 0 <= count <= int(alive.sum()):
         raise ValueError(
-            f"`count` must be between 0 and {int(may_go.sum())}, the weights that may go, got "
-            f"{count}."
+            f"`count` must be between 0 and {int(alive.sum())}, the weights alive, got {count}."
         )
     surgeon = _Surgeon(w, alive.clone(), eigenspace, tau)
     while count > 0:
         size = min(count, max(1, int(batch * int(surgeon.alive.sum()))))
-        cost = surgeon.costs()
-        cost[~(surgeon.alive & may_go)] = math.inf
-        surgeon.remove_(cost.topk(size, largest=False).indices)
-        count -= size
+        gone = _next(surgeon, size, choose)
+        while len(gone) == 0 and size < count:  # shares of small parameters round to nothing
+            size = min(2 * size, count)
+            gone = _next(surgeon, size, choose)
+        if len(gone) == 0:
+            break
+        surgeon.remove_(gone)
+        count -= len(gone)
     along = row_dots([eigenspace.vectors.T], surgeon.w - w)
     values = eigenspace.values.to(along).clamp(min=0.0)
     return Removal(surgeon.w, surgeon.alive, 0.5 * float((values * along.square()).sum()))
+
+
+def _next(surgeon: "_Surgeon", size: int, choose: Choose | None) -> Tensor:
+    """Return the places of about so many weights that go next."""
+    cost = surgeon.costs()
+    if choose is not None:
+        return (surgeon.alive & ~choose(cost, surgeon.w, size)).nonzero()[:, 0]
+    cost[~surgeon.alive] = math.inf
+    return cost.topk(size, largest=False).indices
 
 
 class _Surgeon:

@@ -83,7 +83,7 @@ def _blocks(
     if int(counts.square().sum()) > MAX_BLOCK_ELEMENTS:
         return
     # Rows of about the same length together, and in a row those that stay first.
-    for rows in counts.argsort().split(ROWS_TOGETHER):
+    for rows in torch.split(counts.argsort(), ROWS_TOGETHER):
         most = int(counts[rows].max())
         inputs = stays[rows].byte().argsort(dim=1, descending=True, stable=True)[:, :most]
         filled = stays[rows].gather(1, inputs)

@@ -52,7 +52,7 @@ def _compile_whole(model: nn.Module) -> None:
     plain = model._call_impl
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs)
+        return plain(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     model._compiled_call_impl = torch.compile(call)
 

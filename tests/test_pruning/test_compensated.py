@@ -293,12 +293,45 @@ def test_excluded_parameters_keep_their_count_and_count_for_the_sparsity():
     parts = distance.unflatten(result.mask.double())
     assert parts["0.bias"].all() and parts["2.bias"].all()
     assert int((~result.mask).sum()) == math.ceil(0.6 * len(w))
-    with pytest.raises(ValueError, match=r"`sparsity` must be at most 0\.8235 with what `exclude`"):
+    with pytest.raises(ValueError, match=r"`sparsity` must be at most 0\.8235294118 with what `exclude`"):
         compensated_prune(w, distance, sparsity=0.9, exclude=["*.bias"])
     with pytest.raises(ValueError, match=r'`exclude` pattern "conv" matches none of 0\.weight'):
         compensated_prune(w, distance, sparsity=0.5, exclude=["conv"])
     with pytest.raises(ValueError, match="`exclude` needs an Objective"):
         compensated_prune(w, lambda w, a: None, sparsity=0.5, solver="eigenspace", exclude=["0.*"])
+
+
+@pytest.mark.parametrize("solver", ["krylov", "eigenspace"])
+def test_every_parameter_may_get_its_share_in_every_stage(solver):
+    distance = mlp_distance()
+    w = distance.weights()
+    chosen = KrylovSolver() if solver == "krylov" else EigenspaceSolver(k=8, batch=0.05)
+    halves: list[float] = []
+
+    def look(stage, weights):
+        parts = distance.unflatten(weights)
+        halves.extend(
+            float((parts[name] == 0).double().mean()) for name in ("0.weight", "2.weight")
+        )
+
+    options = {"solver": chosen, "stages": [0.25], "on_stage": look}
+    result = compensated_prune(w, distance, sparsity=0.5, allocation="uniform", **options)
+    zeros = {name: int((p == 0).sum()) for name, p in distance.unflatten(result.weights).items()}
+    assert zeros == {"0.weight": 12, "0.bias": 3, "2.weight": 9, "2.bias": 2} or zeros == {
+        "0.weight": 12,
+        "0.bias": 3,
+        "2.weight": 9,
+        "2.bias": 1,
+    }
+    assert sum(zeros.values()) == math.ceil(0.5 * len(w))
+    assert halves[:2] == pytest.approx([0.25, 0.25], abs=0.09)
+    shares = {"2.*": 0.0}
+    result = compensated_prune(w, distance, sparsity=0.5, allocation=shares, **options)
+    parts = distance.unflatten(result.weights)
+    assert parts["2.weight"].all() and parts["2.bias"].all()
+    assert int((result.weights == 0).sum()) == math.ceil(0.5 * len(w))
+    with pytest.raises(ValueError, match="with this `allocation`"):
+        compensated_prune(w, distance, sparsity=0.9, allocation=shares, **options)
 
 
 def test_zeros_of_an_already_sparse_network_stay():
