@@ -9,6 +9,7 @@ from flatvalley.pruning_methods import METHODS, Method
 from flatvalley.pruning_problem import PrunedAt, PruningProblem
 from flatvalley.pruning_runs import EIGENSPACE
 from flatvalley.specs import Spec, parse_spec
+from pruning.allocation import prunable
 
 _SIGNS = {"temperature": "T", "mu": "μ"}
 
@@ -35,8 +36,10 @@ class Pruner:
         """See that the method can do what the problem asks for.
 
         Raises:
-            ValueError: If it cannot, or takes more eigenpairs than there are weights.
+            ValueError: If it cannot, a pattern matches no parameter, or there are fewer weights
+                than eigenpairs that it takes.
         """
+        prunable(problem.w, problem.objective, problem.exclude)  # refuses what matches nothing
         asked = {"exclude": bool(problem.exclude), "allocation": problem.allocation is not None}
         for name, wanted in asked.items():
             if wanted and name not in self.method.takes:

@@ -1,4 +1,4 @@
-"""``flatvalley prune``: one trained network made sparse without training it again."""
+"""``flatvalley prune``: one trained network made sparse."""
 
 from pathlib import Path
 from typing import Annotated
@@ -64,10 +64,17 @@ def prune(
     recalibrate: Annotated[
         bool, typer.Option(help="Renew the statistics of batch norm for the sparse weights.")
     ] = True,
+    fine_tune: Annotated[
+        int, typer.Option(help="Epochs to train the sparse network on, its zeros kept.")
+    ] = 0,
+    fine_tune_lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of that. Default: a tenth of the training's."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute, e.g. cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("runs/prune"),
 ) -> None:
-    """Prune one trained network without training it again, and write its weights and a report.
+    """Prune one trained network, without training it again unless asked, and write a report.
 
     NETWORK is the folder of a `flatvalley train` run, whose dense end is pruned, or a model of
     your own with its --weights and --data. Exit status: 0 if it was pruned, 2 for a mistake in the
@@ -78,7 +85,13 @@ def prune(
     with importable_from(Path.cwd()):
         with at_the_door(), files_wanted():
             config = PruneConfig(
-                method, sparsity, tuple(exclude or ()), tuple(allocation or ()), recalibrate
+                method,
+                sparsity,
+                tuple(exclude or ()),
+                tuple(allocation or ()),
+                recalibrate,
+                fine_tune,
+                fine_tune_lr,
             )
             source = _source(network, run, weights, data, criterion, device)
             dense = load_dense(
@@ -94,7 +107,7 @@ def prune(
             given = {"calibration": calibration, "calibration_batch": calibration_batch}
             result_run = Run(out, "prune", source.identity | vars(config) | given)
         with refusals(), console.status(f"Pruning by {config.pruner.title}"):
-            findings = run_prune(result_run, dense, config, source.description)
+            findings = run_prune(result_run, dense, config, source)
     for name, rows in prune_tables(findings).items():
         result_run.write_table(name, rows)
     result_run.finish(summary(findings))

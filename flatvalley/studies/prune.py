@@ -1,5 +1,6 @@
 """What ``flatvalley prune`` does: one trained network made sparse, and measured around it."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from flatvalley.dense_network import DenseNetwork, Measured
+from flatvalley.fine_tuning import fine_tune_
 from flatvalley.pruners import Pruner, pruner
 from flatvalley.pruning_problem import PrunedAt, PruningProblem, require_sparsities
 from flatvalley.run import Run
 from flatvalley.sparse_weights import save_sparse_weights
+from flatvalley.studies.prune_sources import Source
 from flatvalley.trainees import model_state
 from hessian import ConvergenceWarning
 from pruning import CalibrationWarning
@@ -47,11 +50,24 @@ class PruneConfig:
     """``global``, ``uniform``, or sparsities by glob pattern such as ``*.bias=0.5``."""
     recalibrate: bool = True
     """Whether the statistics of batch norm are renewed for the sparse weights."""
+    fine_tune: int = 0
+    """Epochs that the sparse network is trained on, its zeros kept."""
+    fine_tune_lr: float | None = None
+    """Learning rate of that; None for a tenth of the training's."""
 
     def __post_init__(self) -> None:
         require_sparsities([self.sparsity])
         self.pruner  # noqa: B018 - parsed, to refuse it at once
         self.shares  # noqa: B018
+        if self.fine_tune < 0:
+            raise ValueError(f"`fine_tune` must be at least 0, got {self.fine_tune}.")
+        if self.fine_tune_lr is not None and not (
+            self.fine_tune and 0 < self.fine_tune_lr < math.inf
+        ):
+            raise ValueError(
+                "`fine_tune_lr` must be positive and finite, and go with `fine_tune`, got "
+                f"{self.fine_tune_lr}."
+            )
 
     @property
     def pruner(self) -> Pruner:
@@ -107,6 +123,8 @@ class PruneFindings:
     """What was pruned, in a line."""
     dense: Measured
     pruned: Measured
+    tuned: Measured | None
+    """After fine-tuning, if there was any."""
     result: PrunedAt
     layers: tuple[Layer, ...]
     num_weights: int
@@ -131,7 +149,7 @@ class PruneFindings:
         return [asdict(stage) for stage in self.result.stages]
 
 
-def prune(run: Run, dense: DenseNetwork, config: PruneConfig, description: str) -> PruneFindings:
+def prune(run: Run, dense: DenseNetwork, config: PruneConfig, source: Source) -> PruneFindings:
     """Prune a network, measure it, and write its weights into the run's folder.
 
     The weights are written once all is computed, every file whole or not at all: a run that is cut
@@ -141,7 +159,7 @@ def prune(run: Run, dense: DenseNetwork, config: PruneConfig, description: str) 
         run: The folder.
         dense: The network.
         config: Settings.
-        description: What it is, in a line.
+        source: What it is, and how it was trained.
 
     Raises:
         ValueError: If the method cannot do what is asked, or the sparsity cannot be reached.
@@ -154,16 +172,23 @@ def prune(run: Run, dense: DenseNetwork, config: PruneConfig, description: str) 
     model = dense.with_weights(result.weights, recalibrate=recalibrated)
     test = dense.data.test
     before, after = dense.measure(dense.model, test), dense.measure(model, test)
+    tuned = None
+    if config.fine_tune:
+        rate = config.fine_tune_lr
+        fine_tune_(model, source.config, source.trained, epochs=config.fine_tune, lr=rate)
+        tuned = dense.measure(model, test)
+    ends = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
     state = model_state(model)
     sparse = save_sparse_weights(run.path / "sparse.safetensors", state)
     plain = run.write_tensors("weights.safetensors", state)
     return PruneFindings(
         config,
-        description,
+        source.description,
         before,
         after,
+        tuned,
         result,
-        layers_of(problem, result.weights),
+        layers_of(problem, torch.cat(ends)),
         len(result.weights),
         int(torch.count_nonzero(problem.w)),
         problem.num_samples,
@@ -205,7 +230,8 @@ def prune_tables(findings: PruneFindings) -> dict[str, Sequence[dict[str, Any]]]
     result = findings.result
     tables: dict[str, Sequence[dict[str, Any]]] = {
         "networks": [
-            {"network": "dense", "sparsity": 0.0} | asdict(findings.dense),
+            {"network": "dense", "sparsity": 1.0 - findings.num_dense / findings.num_weights}
+            | asdict(findings.dense),
             {"network": "pruned", "sparsity": findings.sparsity}
             | asdict(findings.pruned)
             | {
@@ -213,6 +239,11 @@ def prune_tables(findings: PruneFindings) -> dict[str, Sequence[dict[str, Any]]]
                 "gradients": result.gradients,
                 "seconds": result.seconds,
             },
+            *(
+                [{"network": "tuned", "sparsity": findings.sparsity} | asdict(findings.tuned)]
+                if findings.tuned
+                else []
+            ),
         ],
         "layers": [
             {

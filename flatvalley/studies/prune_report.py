@@ -63,6 +63,7 @@ def summary(findings: PruneFindings) -> dict[str, Any]:
             "dense": vars(findings.dense),
             "pruned": vars(findings.pruned)
             | {"sparsity": findings.sparsity, "recalibrated": findings.recalibrated},
+            "tuned": vars(findings.tuned) if findings.tuned else None,
         },
         "cost": {
             "products": result.products,
@@ -77,14 +78,26 @@ def summary(findings: PruneFindings) -> dict[str, Any]:
 
 def _verdict(findings: PruneFindings) -> str:
     head = f"{percent(findings.sparsity)} of {findings.num_weights:,} weights are zero"
-    before, after = findings.dense.accuracy, findings.pruned.accuracy
-    if before is None or after is None:
+    before, after = findings.dense, findings.tuned or findings.pruned
+    if before.accuracy is None:
         return (
-            f"{head}; the test loss is {number(findings.pruned.loss)}, before it was "
-            f"{number(findings.dense.loss)}."
+            f"{head}; the test loss is {number(after.loss)}, before it was {number(before.loss)}."
         )
     return (
-        f"{head}; {percent(after)} of the test samples are right, before it were {percent(before)}."
+        f"{head}; {percent(after.accuracy)} of the test samples are right"
+        f"{' after fine-tuning' if findings.tuned else ''}, before it were "
+        f"{percent(before.accuracy)}."
+    )
+
+
+def _tuned_text(findings: PruneFindings) -> str:
+    config = findings.config
+    if not config.fine_tune:
+        return "The network was not trained afterwards."
+    return (
+        f"Then it was trained on for {config.fine_tune} epochs at a rate of "
+        + (f"{config.fine_tune_lr:g}" if config.fine_tune_lr else "a tenth of the training's")
+        + ", zeros kept; the files hold the weights after that."
     )
 
 
@@ -107,6 +120,11 @@ def _network_rows(findings: PruneFindings) -> list[list[str]]:
             f"{result.products:,}",
             f"{result.seconds:.1f}",
         ],
+        *(
+            [[*cells("fine-tuned", findings.sparsity, findings.tuned), "–", "–"]]
+            if findings.tuned
+            else []
+        ),
     ]
 
 
@@ -162,8 +180,8 @@ def _methods_text(findings: PruneFindings) -> list[str]:
     else:
         seen = "It saw no samples."
     texts = [
-        f"Method: {config.pruner.title}. {seen} The network was not trained afterwards. No setting "
-        "was chosen by the test samples here.",
+        f"Method: {config.pruner.title}. {seen} {_tuned_text(findings)} No setting was "
+        "chosen by the test samples here.",
     ]
     if config.exclude:
         texts.append(f"Excluded, and counted all the same: {', '.join(config.exclude)}.")

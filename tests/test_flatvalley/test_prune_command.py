@@ -315,7 +315,14 @@ def test_what_is_cut_off_leaves_no_weights(folder, trained, monkeypatch):
         (["--calibration=0"], 2, "`calibration` must be at least 1, got 0"),
         (["--run=adam"], 2, "`run` must be one of grda:c=0.01, sgd, got adam"),
         ([DATA], 2, "`data` cannot go with the folder of a run"),
-        (["--device=nowhere"], 2, "nowhere"),
+        (["--device=nowhere"], 2, "`device` must be one that is here"),
+        (["--fine-tune=-1"], 2, "`fine_tune` must be at least 0"),
+        (["--fine-tune-lr=0.1"], 2, "and go with `fine_tune`"),
+        (
+            ["--method=magnitude", "--fine-tune=1", "--fine-tune-lr=1e30"],
+            3,
+            "did not stay finite in fine-tuning",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(
@@ -509,3 +516,26 @@ def test_a_network_with_shared_weights_keeps_them_shared(folder, tmp_path):
     found = load_file(tmp_path / "o" / "weights.safetensors")
     assert set(found) == {"a.weight"}
     assert int((found["a.weight"] == 0).sum()) == 18
+
+
+def test_fine_tuning_keeps_the_zeros_and_lowers_the_loss(folder, trained):
+    out = folder / "tuned"
+    common = ["--method=magnitude", "--sparsity=0.8", "--fine-tune=3"]
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    status, printed, errors = flatvalley("prune", trained, *common, f"--out={out}")
+    assert status == 0, errors
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    networks = {row["network"]: row for row in rows(out / "tables" / "networks.csv")}
+    assert float(networks["tuned"]["loss"]) < float(networks["pruned"]["loss"])
+    assert f"{100 * float(networks['tuned']['accuracy']):.2f} %" in printed
+    w = flat(trained / "sgd" / "weights.safetensors")
+    found = flat(out / "weights.safetensors")
+    gone = w.abs().argsort()[: math.ceil(0.8 * SIZE)]
+    assert torch.equal((found == 0).nonzero()[:, 0], gone.sort().values)
+    assert not torch.equal(found[found != 0], w[found != 0])
+    _, (x, y) = samples()
+    with torch.no_grad():
+        loss = float(cross_entropy(network(out / "weights.safetensors")(x), y))
+    assert float(networks["tuned"]["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert "trained on for 3 epochs" in (out / "report.html").read_text()
