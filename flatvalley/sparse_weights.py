@@ -96,12 +96,10 @@ def _require_storable(name: str, tensor: Any) -> None:
         raise TypeError(
             f"`state` must hold types that safetensors knows, got {tensor.dtype} for `{name}`."
         )
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        wide = tensor.float() if tensor.element_size() == 1 else tensor
-        if wide.isnan().any():
-            raise ValueError(
-                f"`state` must not hold NaN, but `{name}` does. Go back to weights from before."
-            )
+    if tensor.isnan().any():
+        raise ValueError(
+            f"`state` must not hold NaN, but `{name}` does. Go back to weights from before."
+        )
 
 
 def _compact(t: Tensor) -> dict[str, Tensor]:
