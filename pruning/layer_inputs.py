@@ -1,6 +1,7 @@
 """What goes into each layer of a network: second moments, by one pass without gradients."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,11 @@ class LayerInputs:
     up."""
     num_rows: int
     """Samples times positions behind the moments."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that the layer has among w."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def diagonals(self) -> Float[Tensor, "groups n"]:
@@ -123,6 +129,42 @@ def input_moments(
         LayerInputs(name, sums.biases[name], total / objective.num_samples, sums.rows[name])
         for name, total in sums.totals.items()
     )
+
+
+def changed_moments(
+    objective: Objective, layer: LayerInputs, w: Float[Tensor, " d"], dense: Float[Tensor, " d"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return moments of what goes into one layer at w, and of how it differs from that at dense.
+
+    E a aᵀ, E a sᵀ and E s sᵀ, in the units and groups of ``layer.moments``, of the inputs a at w
+    and their difference s = a − a_dense. Two passes without gradients; the inputs of one batch,
+    unfolded, are held at a time.
+    """
+    sums = [torch.zeros_like(layer.moments) for _ in range(3)]
+    with torch.no_grad():
+        for batch in objective.batches():
+            at_w, at_dense = (_inputs_of(objective, layer, v, batch) for v in (w, dense))
+            for a, before in zip(at_w, at_dense, strict=True):
+                s = a - before
+                for total, moment in zip(sums, (a.mT @ a, a.mT @ s, s.mT @ s), strict=True):
+                    total += moment
+    A, N, Q = (total / objective.num_samples for total in sums)
+    return A, N, Q
+
+
+def _inputs_of(objective: Objective, layer: LayerInputs, w: Tensor, batch: Any) -> list[Tensor]:
+    """Return what one layer multiplies its weights by in a batch, [groups, rows, inputs]."""
+    seen: list[Tensor] = []
+
+    def hear(call: LayerCall) -> None:
+        one = None if layer.bias is None else float(call.bias == layer.bias)
+        # Of a tied table of embeddings only the linear layer is wanted.
+        seen.extend(part.to(layer.moments) for part in call.parts(one) if part.ndim == 3)
+
+    own = {name: part for name, part in objective.unflatten(w).items() if name in layer.names}
+    with LayerCalls(own, hear):
+        objective.output(w, batch)
+    return seen
 
 
 class MomentSums:

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hessian import Objective
+from hessian.finiteness import finite_vector
 from pruning.allocation import Allocation
 from pruning.layer_allocation import keep_in_layers
-from pruning.layer_inputs import LayerInputs, input_moments
+from pruning.layer_inputs import LayerInputs, changed_moments, input_moments
 from pruning.pruned import Pruned, as_pruned
 from pruning.row_surgery import best_fit, removal_order
 from pruning.saliency import CalibrationWarning
@@ -32,7 +33,8 @@ class LayerError:
     """What the removals were to cost: the squared change of the layer's output, summed over
     positions, in the mean over samples, and the damping's share."""
     error: float
-    """That change, without damping, by the moments of the layer's inputs."""
+    """That change, without damping, by the moments of the layer's inputs; with ``inputs="pruned"``
+    all that the output has changed since the dense network."""
     relative_error: float
     """The change as a share of the mean squared output; NaN if that is 0."""
 
@@ -74,6 +76,7 @@ class ObcTraces:
         sparsity: float,
         allocation: LayerAllocation = "pooled",
         *,
+        inputs: Literal["dense", "pruned"] = "dense",
         exclude: Sequence[str] = (),
     ) -> ObcPruned:
         """Return the weights at a sparsity: those left of every output fit its dense output best.
@@ -97,13 +100,19 @@ class ObcTraces:
             sparsity: Share of zeros wanted among all d weights, in [0, 1], biases and the rest
                 included, of which only weights of layers go. Zeros stay zero.
             allocation: See the table.
+            inputs: What the weights that are left fit the dense outputs on: the ``"dense"`` inputs
+                of each layer, or those that come from the ``"pruned"`` layers before it, which
+                makes up for what these have lost. That takes two forward passes a layer.
             exclude: Glob patterns of parameters in which nothing goes.
 
         Raises:
             ValueError: If the sparsity is outside [0, 1] or above what the layers' weights can
                 reach (the message says how far they reach), or the allocation is not known or a
-                pattern matches nothing.
+                pattern matches nothing; if ``inputs`` is not known.
+            NonFiniteError: If what goes into a layer after pruned ones is not finite.
         """
+        if inputs not in ("dense", "pruned"):
+            raise ValueError(f'`inputs` must be "dense" or "pruned", got {inputs!r}.')
         competing: Allocation = "global"
         if isinstance(allocation, Mapping) or allocation == "uniform":
             competing = allocation
@@ -123,15 +132,21 @@ class ObcTraces:
         )
         weights = self.w.clone()
         parts, keeps = self.objective.unflatten(weights), self.objective.unflatten(keep.to(weights))
-        errors = []
+        errors, num_passes = [], 1
         for trace in self.layers:
-            inputs = trace.inputs
-            W, kept = inputs.rows(parts).double(), inputs.rows(keeps) != 0
-            fitted = _fitted(inputs, W, kept, self.damping)
-            inputs.write_rows_(parts, fitted.to(weights.dtype))
-            errors.append(_layer_error(trace, W, fitted, kept))
-        pruned = as_pruned(weights)
-        return ObcPruned(pruned.weights, pruned.mask, pruned.sparsity, pruned.lam, tuple(errors), 1)
+            layer = trace.inputs
+            W, kept = layer.rows(parts).double(), layer.rows(keeps) != 0
+            moments = None
+            if inputs == "pruned" and layer.moments.ndim == 3:
+                moments = changed_moments(self.objective, layer, weights, self.w)
+                num_passes += 2
+            fitted, error = _fitted(layer, W, kept, self.damping, moments)
+            layer.write_rows_(parts, fitted.to(weights.dtype))
+            errors.append(_layer_error(trace, W, fitted, kept, error))
+        pruned = as_pruned(finite_vector(weights, "weight vector after pruning", self.objective))
+        return ObcPruned(
+            pruned.weights, pruned.mask, pruned.sparsity, pruned.lam, tuple(errors), num_passes
+        )
 
     def _ranks(self, *, relative: bool) -> Tensor:
         """Return the place of every weight in one ranking of all removals; infinity elsewhere."""
@@ -248,14 +263,32 @@ def _trace(inputs: LayerInputs, W: Tensor, damping: float, rows_at_once: int | N
     return LayerTrace(inputs, torch.cat(orders), torch.cat(losses))
 
 
-def _fitted(inputs: LayerInputs, W: Tensor, keep: Tensor, damping: float) -> Tensor:
-    """Return the rows of a layer that fit the dense output best with what is kept."""
+def _fitted(
+    inputs: LayerInputs,
+    W: Tensor,
+    keep: Tensor,
+    damping: float,
+    moments: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, float]:
+    """Return the rows that fit a layer's dense output best with what is kept, and their error.
+
+    With moments of changed inputs a = a_dense + s: least E (uᵀ a − wᵀ a_dense)² + δ |u − w|².
+    """
     if inputs.moments.ndim == 1:
-        return W.masked_fill(~keep, 0.0)
-    groups = zip(_groups(inputs, W), keep.chunk(len(inputs.moments)), strict=True)
-    return torch.cat(
-        [best_fit(_damped(A, damping, inputs.weight), rows, kept) for (A, rows), kept in groups]
-    )
+        fitted = W.masked_fill(~keep, 0.0)
+        return fitted, _mean_square(inputs, fitted - W)
+    own, cross, change = moments or (inputs.moments, None, None)
+    groups = len(own)
+    found, error = [], 0.0
+    for i, (w, kept) in enumerate(zip(W.chunk(groups), keep.chunk(groups), strict=True)):
+        A = own[i].double()
+        N = torch.zeros_like(A) if cross is None else cross[i].double()
+        Q = torch.zeros_like(A) if change is None else change[i].double()
+        u = best_fit(_damped(A, damping, inputs.weight), w, kept, w @ N.T)
+        move = u - w
+        error += float((move @ A * move + 2.0 * (move @ N) * w + w @ Q * w).sum())
+        found.append(u)
+    return torch.cat(found), error
 
 
 def _groups(inputs: LayerInputs, W: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -277,10 +310,12 @@ def _damped(A: Tensor, damping: float, name: str) -> Tensor:
     return H
 
 
-def _layer_error(trace: LayerTrace, W: Tensor, fitted: Tensor, keep: Tensor) -> LayerError:
+def _layer_error(
+    trace: LayerTrace, W: Tensor, fitted: Tensor, keep: Tensor, error: float
+) -> LayerError:
     inputs = trace.inputs
     went = ~keep.gather(1, trace.order.long())
-    error, whole = (_mean_square(inputs, rows) for rows in (fitted - W, W))
+    whole = _mean_square(inputs, W)
     weights = fitted if inputs.bias is None else fitted[:, :-1]
     return LayerError(
         inputs.weight,

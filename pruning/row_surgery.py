@@ -42,7 +42,6 @@ def removal_order(
     step = rows_at_once or max(1, CHUNK_BYTES // (8 * n * n))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     barrier = torch.zeros_like(W).masked_fill_(stays, NEVER)
-    barrier[W == 0] = -1.0
     orders, costs = [], []
     for some, level in zip(torch.split(W, step), torch.split(barrier, step), strict=True):
         rows = _Rows(inverse, some.clone(), level.clone(), floor=1.0 / float(H.diagonal().max()))
@@ -55,7 +54,10 @@ def removal_order(
 
 
 def best_fit(
-    H: Float[Tensor, "n n"], W: Float[Tensor, "m n"], keep: Bool[Tensor, "m n"]
+    H: Float[Tensor, "n n"],
+    W: Float[Tensor, "m n"],
+    keep: Bool[Tensor, "m n"],
+    shift: Float[Tensor, "m n"] | None = None,
 ) -> Float[Tensor, "m n"]:
     """Return the rows u, zero where they are not kept, of least error (u − w)ᵀ H (u − w).
 
@@ -65,13 +67,15 @@ def best_fit(
         H: Symmetric and positive definite, float64.
         W: Rows of weights, float64.
         keep: True for weights that may differ from zero.
+        shift: Rows b, where the error has a term 2 bᵀ (u − w) as well.
 
     Raises:
         torch.linalg.LinAlgError: If H is not positive definite.
     """
-    lost = W.masked_fill(keep, 0.0)
-    pull = lost @ H
-    sizes = keep.sum(dim=1) * (lost != 0).any(dim=1)
+    pull = W.masked_fill(keep, 0.0) @ H
+    if shift is not None:
+        pull -= shift
+    sizes = keep.sum(dim=1) * (pull != 0).any(dim=1)
     by_size = sizes.argsort(descending=True)
     counts = sizes[by_size].tolist()
     fitted = W.masked_fill(~keep, 0.0)

@@ -151,6 +151,57 @@ def test_errors_are_those_of_the_layers_outputs(name):
         assert layer.sparsity == float(zeros.double().mean())
 
 
+def test_fit_on_pruned_inputs_is_least_squares_to_the_dense_outputs():
+    distance = mlp()
+    traces = obc_traces(distance, damping=0.05)
+    plain, pruned = (traces.prune(0.6, inputs=inputs) for inputs in ("dense", "pruned"))
+    assert torch.equal(plain.mask, pruned.mask)
+    dense, one, both = (
+        distance.unflatten(v) for v in (distance.weights(), plain.weights, pruned.weights)
+    )
+    assert torch.equal(one["0.weight"], both["0.weight"])  # its inputs are the same
+    assert (plain.num_passes, pruned.num_passes) == (1, 5)
+    x = torch.cat([batch[0] for batch in distance.batches()])
+    ones = torch.ones(len(x), 1).double()
+    hidden = {}
+    for name, parts in (("dense", dense), ("pruned", both)):
+        h = torch.tanh(x @ parts["0.weight"].T + parts["0.bias"])
+        hidden[name] = torch.cat([h, ones], dim=1)
+    rows = {
+        name: torch.cat([parts["2.weight"], parts["2.bias"][:, None]], dim=1)
+        for name, parts in (("dense", dense), ("plain", one), ("pruned", both))
+    }
+    a = hidden["pruned"]
+    # Damping pulls to the dense weights: rows of data that ask for them.
+    ridge = (0.05 * len(x) * a.square().mean()).sqrt() * torch.eye(5).double()
+    targets = hidden["dense"] @ rows["dense"].T
+    for r, row in enumerate(rows["pruned"]):
+        kept = row.nonzero()[:, 0]
+        X = torch.cat([a, ridge])[:, kept]
+        y = torch.cat([targets[:, r], ridge @ rows["dense"][r]])
+        assert_close(row[kept], torch.linalg.lstsq(X, y[:, None])[0][:, 0])
+    before, after = (distance.loss(result.weights) for result in (plain, pruned))
+    assert after < before
+    assert pruned.layers[1].error == pytest.approx(3 * after, rel=1e-9)  # a mean over 3 outputs
+
+
+def test_pruned_inputs_of_convolutions_are_matched_batch_by_batch():
+    build = lambda: nn.Sequential(  # noqa: E731
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 2, groups=2)
+    )
+    distance = squared(seeded(build), 2, 5, 5)
+    traces = obc_traces(distance, damping=1e-9)
+    plain, pruned = (traces.prune(0.5, "uniform", inputs=side) for side in ("dense", "pruned"))
+    change = sum(
+        float((distance.output(pruned.weights, b) - distance.output(traces.w, b)).square().sum())
+        for b in distance.batches()
+    )
+    assert pruned.layers[1].error == pytest.approx(change / 40, rel=1e-9)
+    # The last layer is fitted to just this.
+    assert distance.loss(pruned.weights) < distance.loss(plain.weights)
+    assert torch.equal(traces.prune(0.0, inputs="pruned").weights, traces.w)
+
+
 def slow_order(H, w):
     M, w, left, order, losses = torch.linalg.inv(H), w.clone(), list(range(len(w))), [], []
     while left:
@@ -175,6 +226,16 @@ def test_blocks_and_chunks_of_rows_change_nothing(rows_at_once):
         expected, costs = slow_order(H, W[r])
         assert order[r].tolist() == expected
         assert_close(losses[r], torch.tensor(costs, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+def test_nearly_singular_matrices_cost_what_the_outputs_are():
+    X = normal(4, 40)
+    H = X.T @ X + 1e-13 * torch.eye(40).double()
+    W = normal(3, 40, seed=1)
+    order, losses = removal_order(H, W, torch.zeros(3, 40, dtype=torch.bool))
+    assert torch.equal(order.sort(dim=1).values, torch.arange(40).expand(3, -1))
+    # All gone, the error is that of no output; rounding is as large as the inverse's entries.
+    assert_close(losses.sum(dim=1), (W @ H * W).sum(dim=1), rtol=0.05, atol=0)
 
 
 def test_fits_of_different_sizes_in_one_chunk_are_those_of_each_alone(monkeypatch):
@@ -221,6 +282,8 @@ def test_zeros_stay_zero_and_count():
     zeros = w == 0
     assert 0 < int(zeros.sum()) < 14
     traces = obc_traces(distance, w)
+    reaches_end = torch.isfinite(traces.layers[0].losses).all(dim=1)
+    assert torch.equal(reaches_end, bias == 0)  # a zero bias goes like any weight
     same = traces.prune(0.1)
     assert torch.equal(same.weights, w)
     assert not any(layer.error for layer in same.layers)
@@ -312,6 +375,8 @@ def test_bad_input_says_what_to_do(unchecked_shapes):
     traces = obc_traces(distance)
     with pytest.raises(ValueError, match='`allocation` must be "pooled", "relative", "uniform"'):
         traces.prune(0.5, "global")
+    with pytest.raises(ValueError, match='`inputs` must be "dense" or "pruned", got \'both\''):
+        traces.prune(0.5, inputs="both")
     with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\]"):
         traces.prune(-0.1)
     with pytest.raises(ValueError, match=r'`exclude` pattern "head" matches none of 0\.weight'):

@@ -155,6 +155,14 @@ def test_convolutions_are_layers_of_patches(layer):
     assert_close(factors.diagonal, dense(gauss_newton_operator(distance, w)).diagonal())
 
 
+def test_grouped_convolutions_have_a_diagonal_alone():
+    distance = DenseDistance(seeded(lambda: nn.Conv1d(4, 6, 3, groups=2)), normal(12, 4, 7))
+    w = distance.weights()
+    factors = kronecker_factors(distance, w)
+    assert factors.layers == ()
+    assert_close(kronecker_saliency(w, factors, distance), factors.diagonal * w.square())
+
+
 def test_hidden_moments_are_those_of_the_activations():
     model, x = mlp(), normal(12, 4)
     distance = DenseDistance(model, x, batch_size=5)
