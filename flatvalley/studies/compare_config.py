@@ -11,10 +11,12 @@ from flatvalley.train_config import TrainConfig
 DEFAULT_METHODS = (
     "krylov:temperature=4",
     "eigenspace:k=50",
-    "path:k=50",
+    "woodfisher:stages=4",
+    "obc",
+    "obd",
+    "wanda",
     "dp-projector:k=50",
     "magnitude",
-    "magnitude:allocation=uniform",
     "random",
 )
 DEFAULT_TRAINING = TrainConfig(
