@@ -46,7 +46,9 @@ def obd_prune(
     diagonal of the Gauss-Newton matrix, which is never negative, estimated without bias from one
     gradient of every sample, for targets drawn from the network: a ``DenseDistance`` needs no
     labels for it, and no more an ``Objective``, whose own are not looked at. Single gradients
-    cost several times as much as that of a batch, as they are written out.
+    cost several times as much as that of a batch, as they are written out. Where inputs go
+    together, as neighbouring pixels do, the diagonal says little, and this may be worse than
+    ``magnitude_prune``.
 
     Args:
         w: Weights, shape [d]. Zeros stay zero.

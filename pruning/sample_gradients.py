@@ -43,8 +43,8 @@ def fisher_rows(
         w: Where the gradients are taken, shape [d].
         kind: Whose targets the gradients belong to.
         num_samples: Samples that are taken, evenly spread over the data. Default: all.
-        samples_per_row: Samples whose gradients are added up in a row. Fewer, longer rows: where
-            the gradients have mean 0, as drawn ones do, the mean of Σ g gᵀ stays the same.
+        samples_per_row: Samples of a batch whose gradients are added up in a row. Where gradients
+            have mean 0, as drawn ones do, the mean of Σ g gᵀ stays the same.
         seed: Seed of the draws, made on the CPU; the global random state is not used.
 
     Raises:
@@ -70,7 +70,7 @@ def fisher_rows(
         taken = _at(batch, places[:, 0].to(objective.device), length)
         u = scale * _slopes(objective, w.detach(), taken, kind, generator)
         for part in _pieces(len(u), samples_per_row, limit):
-            yield rows.made(taken, u, part)
+            yield rows.made(taken, u, part.to(u.device))
 
 
 def require_samples(

@@ -23,7 +23,8 @@ from pruning.stages import Schedule, stage_counts
 
 Update = Literal["joint", "single", "none"]
 
-DEFAULT_SAMPLES = 1000
+DEFAULT_ROWS = 1000
+"""Gradients of which F is made, each of as many samples as that takes."""
 
 FREE_SHARE = 0.5
 """Share of the free memory that blocks may take if no budget is given."""
@@ -61,11 +62,11 @@ def woodfisher_prune(
     objective: Objective,
     sparsity: float,
     *,
-    block_size: int | None = 1000,
-    damping: float = 1e-2,
+    block_size: int | None = 500,
+    damping: float = 0.1,
     kind: Kind | None = None,
     num_samples: int | None = None,
-    samples_per_row: int = 1,
+    samples_per_row: int | None = None,
     stages: int | Sequence[float] = 1,
     schedule: Schedule = "geometric",
     update: Update = "joint",
@@ -83,8 +84,9 @@ def woodfisher_prune(
     Every stage takes F anew at the weights it finds.
 
     With m rows (``num_samples`` over ``samples_per_row``), d weights and blocks of B, a stage
-    makes m single gradients, holds d · min(m, B) numbers, and takes about 4 d min(m, B)² flops and
-    as many again for the gradients if m is larger. So one block of all weights is affordable.
+    makes m gradients, holds d · min(m, B) numbers, and takes at most some 3 m d · min(m, B) flops
+    for the blocks, in float64 where they are solved. So one block of all weights is affordable.
+    The ``temperature`` of a ``DenseDistance`` is worth a try, as for ``compensated_prune``.
 
     Args:
         w: Weights, shape [d]. Zeros stay zero.
@@ -92,13 +94,15 @@ def woodfisher_prune(
         sparsity: Share of zeros wanted, in [0, 1]: ⌈sparsity · d⌉ zeros, or more where w has them
             already.
         block_size: Weights in a block; None for one block of all weights, over tensors, too.
-        damping: τ as a share of the mean of diag F over the weights alive. The paper takes τ = 1e-5
-            whatever F is.
+            Blocks of more weights than there are rows fit the samples rather than the network.
+        damping: τ as a share of the mean of diag F over the weights alive. A larger one moves the
+            weights less. The paper takes τ = 1e-5 whatever F is.
         kind: ``"empirical"`` or ``"monte_carlo"``, as for ``fisher_operator``. Default: the second
             for a ``DenseDistance``, which has no other, else the first.
-        num_samples: Samples whose gradients make F, evenly spread over the data. Default: 1000, or
-            all if there are fewer.
+        num_samples: Samples whose gradients make F, evenly spread over the data. Default: all.
         samples_per_row: Samples whose gradients are added up before their outer product is taken.
+            Default: as many as leave about 1000 rows. Rows of many samples tell more than as many
+            rows of one.
         stages: Sparsities on the way, increasing; the last one may be left out. Or their number.
         schedule: How a number of stages cuts the way. ``"geometric"``: every stage removes the
             same share of the weights that are left. ``"cubic"``: the weights to go fall with the
@@ -146,9 +150,10 @@ def woodfisher_prune(
     objective.require_vector(w, "w")
     _check(block_size, damping, update, memory_budget)
     kind = kind or ("monte_carlo" if isinstance(objective, DenseDistance) else "empirical")
-    if num_samples is None:
-        num_samples = min(DEFAULT_SAMPLES, objective.num_samples)
-    require_samples(objective, w, kind, num_samples, samples_per_row)
+    each = 1 if samples_per_row is None else samples_per_row
+    num_samples = require_samples(objective, w, kind, num_samples, each)
+    if samples_per_row is None:
+        samples_per_row = -(-num_samples // DEFAULT_ROWS)
     # A wish that cannot be met is refused before anything is paid for.
     zeros_by_parameter(
         w, sparsity=sparsity, objective=objective, allocation=allocation, exclude=exclude

@@ -103,19 +103,12 @@ def test_the_papers_recursion_over_samples_gives_the_same_inverse(block_size):
     assert_close(blocks.inverse_product(v, damping), inverse @ v, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("block_size", [12, None])
-def test_single_precision_is_kept_to_the_gradients(block_size):
-    # Samples that are almost alike: their inverse in float32 would have no right digit.
-    rows = torch.ones(6, 25).double() + 1e-3 * normal(6, 25)
-    rows = rows.float().double()
+def test_systems_are_solved_in_double_precision():
+    # Samples that are almost alike: solved in float32, their inverse would have no right digit.
+    rows = (torch.ones(6, 25).double() + 1e-3 * normal(6, 25)).float()
     tau = 1e-6
-    found = filled(block_size, rows, torch.float32).inverse_diagonal(tau)
-    exact = filled(block_size, rows).inverse_diagonal(tau)
-    assert found.dtype == torch.float64
-    if block_size is None:
-        assert_close(found, exact, rtol=1e-9, atol=0.0)
-    else:
-        assert_close(found.log(), exact.log(), rtol=0.0, atol=1.5)
+    found = filled(None, rows, torch.float32).inverse_diagonal(tau)
+    assert_close(found, filled(None, rows.double()).inverse_diagonal(tau), rtol=1e-9, atol=0.0)
 
 
 def test_memory_is_counted_as_it_is_held():
@@ -275,6 +268,15 @@ def test_rows_of_several_samples_cost_fewer_gradients():
     w = distance.weights()
     found = woodfisher_prune(w, distance, 0.5, samples_per_row=4, num_samples=10)
     assert found.num_gradients == 3 and found.sparsity == pytest.approx(22 / 43)
+
+
+def test_all_samples_make_about_a_thousand_rows_by_default(monkeypatch):
+    monkeypatch.setattr(woodfisher, "DEFAULT_ROWS", 7)
+    distance = mlp_distance(batch_size=12)
+    found = woodfisher_prune(distance.weights(), distance, 0.5)
+    assert found.num_gradients == 3 + 3 + 2  # fives, in batches of 12, 12 and 6
+    again = woodfisher_prune(distance.weights(), distance, 0.5, samples_per_row=5)
+    assert torch.equal(found.weights, again.weights)
 
 
 def test_outputs_that_no_weight_moves_leave_the_ranking_by_size():
