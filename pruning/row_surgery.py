@@ -125,7 +125,8 @@ class _Rows:
             root = d.gather(1, at).rsqrt_()
             u = torch.mul(column, root, out=U[:, i])
             w.addcmul_(u, w.gather(1, at) * root, value=-1)
-            # No entry of the inverse's diagonal is below the floor, but for rounding.
+            # No entry of the inverse's diagonal is below the floor, but for rounding; and what is
+            # removed has 0 there, which must not be divided by.
             d.addcmul_(u, u, value=-1).clamp_(min=self.floor)
             barrier.scatter_(1, at, math.inf)
         places = self.places.gather(1, gone)

@@ -228,6 +228,16 @@ def test_blocks_and_chunks_of_rows_change_nothing(rows_at_once):
         assert_close(losses[r], torch.tensor(costs, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
+def test_inputs_that_know_nothing_of_each_other_go_by_size():
+    W = normal(3, 40, seed=1)
+    order, losses = removal_order(
+        4.0 * torch.eye(40).double(), W, torch.zeros(3, 40, dtype=torch.bool)
+    )
+    expected = (4.0 * W.square()).sort(dim=1)
+    assert torch.equal(order, expected.indices)
+    assert_close(losses, expected.values)
+
+
 def test_nearly_singular_matrices_cost_what_the_outputs_are():
     X = normal(4, 40)
     H = X.T @ X + 1e-13 * torch.eye(40).double()
