@@ -49,7 +49,7 @@ def save_sparse_weights(path: Path, state: Mapping[str, Tensor]) -> Path:
     for name, tensor in state.items():
         _require_storable(name, tensor)
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and firsts.setdefault(identity, name) != name:
+        if firsts.setdefault(identity, name) != name:
             same[name] = firsts[identity]
             continue
         t = tensor.detach().cpu()

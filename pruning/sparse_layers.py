@@ -218,9 +218,7 @@ def sparse_linear(
     size = out_features, x.shape[-1]
     W = _assembled(crow_indices, col_indices, values, size)
     rows = x.reshape(-1, size[1])
-    if len(rows) == 0:
-        y = x.new_empty(0, out_features)
-    elif len(rows) == 1:
+    if len(rows) == 1:
         y = W @ rows[0] if bias is None else torch.addmv(bias, W, rows[0])
     else:
         # With W on the left, which takes a third of the time of `nn.functional.linear`.
