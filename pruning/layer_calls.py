@@ -116,7 +116,8 @@ def _convolution(out: Tensor, call: ConvolutionCall) -> Any:
 
 def _embedding(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
     def parts(_: float | None) -> Iterator[Tensor]:
-        yield torch.bincount(input.reshape(-1), minlength=len(weight)).to(weight.dtype)
+        counts = torch.bincount(input.reshape(-1), minlength=len(weight))
+        yield counts.to(torch.promote_types(weight.dtype, torch.float32))
 
     return weight, None, parts
 

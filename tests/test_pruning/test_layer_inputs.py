@@ -195,6 +195,10 @@ def test_half_precision_is_added_up_in_single():
     x = x.double()
     assert layer.moments.dtype == torch.float32
     assert_close(layer.moments[0].double(), x.T @ x / 3000, rtol=1e-5, atol=1e-6)
+    table = seeded(lambda: nn.Embedding(2, 3)).bfloat16()
+    tokens = (torch.arange(1001) % 7 == 0).long()
+    (layer,) = input_moments(DenseDistance(table, tokens, kind="squared"))
+    assert_close(1001 * layer.moments, torch.tensor([858.0, 143.0]))
 
 
 def test_everything_is_left_as_found_and_bad_input_refused(unchecked_shapes):
