@@ -107,8 +107,10 @@ def test_systems_are_solved_in_double_precision():
     # Samples that are almost alike: solved in float32, their inverse would have no right digit.
     rows = (torch.ones(6, 25).double() + 1e-3 * normal(6, 25)).float()
     tau = 1e-6
+    exact = torch.linalg.inv(rows.double().T @ rows.double() + tau * torch.eye(25).double())
     found = filled(None, rows, torch.float32).inverse_diagonal(tau)
-    assert_close(found, filled(None, rows.double()).inverse_diagonal(tau), rtol=1e-9, atol=0.0)
+    # The dense matrix has a condition number of 2e8.
+    assert_close(found, exact.diagonal(), rtol=1e-6, atol=0.0)
 
 
 def test_memory_is_counted_as_it_is_held():
