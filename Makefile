@@ -43,6 +43,7 @@ bench: $(STAMP)  ## the benchmarks, results printed as ratios within one run
 	$(BIN)/python benchmarks/grda_step.py
 	$(BIN)/python benchmarks/traces.py
 	$(BIN)/python benchmarks/solver_overhead.py
+	$(BIN)/python benchmarks/sparse_latency.py
 
 # The peers live apart from .venv, and without their dependencies, which would replace torch.
 PEERS := .peers/.installed
