@@ -40,14 +40,14 @@ class Pruner:
                 than eigenpairs that it takes.
         """
         prunable(problem.w, problem.objective, problem.exclude)  # refuses what matches nothing
-        asked = {"exclude": bool(problem.exclude), "allocation": problem.allocation is not None}
-        for name, wanted in asked.items():
-            if wanted and name not in self.method.takes:
+        allocates = problem.allocation is not None
+        for name, asked in (("exclude", bool(problem.exclude)), ("allocation", allocates)):
+            if asked and name not in self.method.takes:
                 raise ValueError(
                     f"`{name}` cannot go with {self.spec.name}, which knows no such thing. Leave "
                     "one of them out."
                 )
-        if wanted and "allocation" in self.spec.settings:
+        if allocates and "allocation" in self.spec.settings:
             raise ValueError(f'`allocation` is given twice, the second time in "{self.text}".')
         k = self.spec.settings.get("k", EIGENSPACE["k"] if "k" in self.method.settings else 1)
         if k > len(problem.w):

@@ -6,11 +6,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from flatvalley.run import Run
 from flatvalley.studies.compare import CompareFindings, RowFindings
-from flatvalley.studies.direct_labels import EndLabel, label_ends, label_points
+from flatvalley.studies.direct_labels import EndLabel, label_ends
 from flatvalley.studies.sparsity_axes import percent_zeros, sparsity_axis
 from flatvalley.studies.verify_figures import FigureText
 from landscape import save_figure
@@ -101,7 +101,9 @@ def loss_against_sparsity(findings: CompareFindings) -> tuple[Figure, FigureText
     ax.axhline(dense, color="0.4", linewidth=0.9, linestyle=":")
     if min(*values, dense) > 0:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylabel("test loss")
     sparsity_axis(ax, findings.config.sparsities)
     labels.append(EndLabel("dense", ax.get_xlim()[1], dense, "0.4"))
@@ -140,12 +142,12 @@ def accuracy_against_cost(findings: CompareFindings) -> tuple[Figure, FigureText
             capsize=2,
             linewidth=1.0,
         )
-        labels.append(EndLabel(row.row.title, x, y, style["color"]))
+        labels.append(EndLabel(row.row.label, x, y, style["color"]))
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_xlabel("seconds, without the training of the dense network")
     _accuracy_axis(ax)
-    label_points(ax, labels)
+    label_ends(ax, labels)
     return figure, FigureText(
         "cost",
         f"What {percent_zeros(share)} of zeros cost",
@@ -184,7 +186,7 @@ def _curves(
         ax.plot(x, y, linewidth=1.5, markersize=4, **style)
         low, high = [min(v) for v in values], [max(v) for v in values]
         ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        labels.append(EndLabel(row.row.title, x[-1], y[-1], style["color"]))
+        labels.append(EndLabel(row.row.label, x[-1], y[-1], style["color"]))
     return labels
 
 

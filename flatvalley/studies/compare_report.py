@@ -83,6 +83,7 @@ def write_compare_report(
             *([_main_table(findings, "accuracy")] if findings.classifies else []),
             _main_table(findings, "loss"),
             _main_table(findings, "distance"),
+            _cost_table(findings),
             *_chosen_tables(findings),
         ],
         pictures=[
@@ -125,7 +126,7 @@ def console_summary(findings: CompareFindings) -> ConsoleTable:
         for share in findings.config.sparsities:
             text = _lines(row.over_seeds(share, "test", key), key)
             cells.append(f"[bold]{text}[/]" if best.get(share) is row else text)
-        table.add_row(_title(row), *cells, *_cost(row, findings))
+        table.add_row(row.row.label, *cells, *_cost(row, findings))
     return table
 
 
@@ -206,38 +207,34 @@ def _main_table(findings: CompareFindings, key: str) -> Table:
     several = len(findings.config.seeds) > 1
     spread = " Mean over seeds, lowest and highest in brackets." if several else " One seed."
     dense = _cell(findings.dense_over_seeds(key), key)
-    rows = [TableRow(["dense", "–", *[dense] * len(shares), "–", "–", "–"], "control")]
+    rows = [TableRow(["dense", *[dense] * len(shares)], "control")]
     for row in findings.rows:
         cells = [_cell(row.over_seeds(share, "test", key), key) for share in shares]
-        products, seconds = _cost(row, findings)
-        gradients = _last(row, findings, "gradients")
-        rows.append(
-            TableRow(
-                [
-                    _title(row),
-                    SEES[row.row.sees],
-                    *cells,
-                    products,
-                    "–" if gradients is None else f"{gradients:,.0f}",
-                    seconds,
-                ],
-                "control" if row.row.retrains else "",
-            )
-        )
+        rows.append(TableRow([row.row.label, *cells], "control" if row.row.retrains else ""))
     return Table(
         titles[key],
         f"{words[key]}{spread} Columns: share of zeros among all {findings.num_weights:,} trained "
-        "weights. Products with a matrix of second derivatives, gradients and seconds are those "
-        "for the highest sparsity reached; a staged method's of its whole run. Grey: dense, and "
-        "rows that train from the start. –: not reached.",
-        [
-            "method",
-            "sees",
-            *[percent_zeros(share) for share in shares],
-            "products",
-            "gradients",
-            "seconds",
-        ],
+        "weights. Grey: dense, and rows that train from the start. –: not reached.",
+        ["method", *[percent_zeros(share) for share in shares]],
+        rows,
+    )
+
+
+def _cost_table(findings: CompareFindings) -> Table:
+    rows = []
+    for row in findings.rows:
+        products, seconds = _cost(row, findings)
+        gradients = _last(row, findings, "gradients")
+        cells = [row.row.label, SEES[row.row.sees], products]
+        cells += ["–" if gradients is None else f"{gradients:,.0f}", seconds]
+        rows.append(TableRow(cells, "control" if row.row.retrains else ""))
+    return Table(
+        "What it cost",
+        "For the highest sparsity that was reached, mean over seeds; of a staged method, its whole "
+        "run. Products are with a matrix of second derivatives; gradients are of "
+        "single samples, and of batches for rows that train. Seconds of the processor (of the wall "
+        "on a GPU, and for rows that train) depend on the machine.",
+        ["method", "sees", "products", "gradients", "seconds"],
         rows,
     )
 
@@ -286,10 +283,6 @@ def _methods_text(findings: CompareFindings) -> list[str]:
     return texts
 
 
-def _title(row: RowFindings) -> str:
-    return f"{row.row.title} (retrained)" if row.row.retrains else row.row.title
-
-
 def _cost(row: RowFindings, findings: CompareFindings) -> tuple[str, str]:
     products, seconds = (_last(row, findings, key) for key in ("products", "seconds"))
     return (
@@ -321,7 +314,7 @@ def _lines(values: Sequence[float], key: str) -> str:
 
 def _value(value: float, key: str, *, bare: bool = False) -> str:
     if key != "accuracy":
-        return f"{value:.3g}"
+        return f"{value:#.3g}".removesuffix(".")
     return f"{100 * value:.2f}" if bare else f"{100 * value:.2f} %"
 
 

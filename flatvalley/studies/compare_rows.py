@@ -30,6 +30,11 @@ class Row:
     """What it looks at: ``"nothing"``, ``"inputs"``, ``"labels"`` or ``"training"``."""
 
     @property
+    def label(self) -> str:
+        """The title, marked where weights are trained."""
+        return f"{self.title} (retrained)" if self.retrains else self.title
+
+    @property
     def kind(self) -> str:
         """Name of the method."""
         return self.text.partition(":")[0]

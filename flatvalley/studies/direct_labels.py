@@ -7,8 +7,6 @@ from matplotlib.axes import Axes
 
 GAP = 1.15
 """Distance of two labels in heights of the text."""
-WIDTH = 0.56
-"""Of a letter on average, in heights of the text."""
 
 
 @dataclass(frozen=True)
@@ -63,43 +61,6 @@ def label_ends(ax: Axes, labels: Sequence[EndLabel], *, size: float = 8.0) -> No
                 "shrinkA": 1.0,
                 "shrinkB": 3.0,
             },
-        )
-
-
-def label_points(ax: Axes, labels: Sequence[EndLabel], *, size: float = 8.0) -> None:
-    """Write labels to the right of their points, moved up or down where they would overlap.
-
-    Call it when scales and limits are as they will stay.
-
-    Args:
-        ax: The axes; room at its right is the caller's to leave.
-        labels: What to write, in any order.
-        size: Of the text, in points.
-    """
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()
-    point = figure.dpi / 72.0
-    taken: list[tuple[float, float, float]] = []  # left, right and middle of a text, in pixels
-    at = [ax.transData.transform((label.x, label.y)) for label in labels]
-    for i in sorted(range(len(labels)), key=lambda i: -float(at[i][1])):
-        left = float(at[i][0]) + 7 * point
-        right = left + WIDTH * size * point * len(labels[i].text)
-        middle = float(at[i][1])
-        for other_left, other_right, other in taken:  # from the top down
-            if left < other_right and other_left < right:
-                middle = min(middle, other - GAP * size * point)
-        taken.append((left, right, middle))
-        ax.annotate(
-            labels[i].text,
-            xy=(labels[i].x, labels[i].y),
-            xytext=(7, (middle - float(at[i][1])) / point),
-            textcoords="offset points",
-            color=labels[i].color,
-            fontsize=size,
-            va="center",
-            ha="left",
-            annotation_clip=False,
         )
 
 

@@ -57,8 +57,8 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         require_sparsities([self.sparsity])
-        self.pruner  # noqa: B018 - parsed, to refuse it at once
-        self.shares  # noqa: B018
+        pruner(self.method)
+        _allocation(self.allocation)
         if self.fine_tune < 0:
             raise ValueError(f"`fine_tune` must be at least 0, got {self.fine_tune}.")
         if self.fine_tune_lr is not None and not (
@@ -77,25 +77,7 @@ class PruneConfig:
     @property
     def shares(self) -> Allocation | None:
         """The allocation, parsed; None for the method's own."""
-        if not self.allocation:
-            return None
-        if self.allocation == ("global",):
-            return "global"
-        if self.allocation == ("uniform",):
-            return "uniform"
-        found = {}
-        for text in self.allocation:
-            pattern, _, share = text.rpartition("=")
-            try:
-                found[pattern] = float(share)
-            except ValueError:
-                pattern = ""
-            if not pattern:
-                raise ValueError(
-                    "`allocation` must be global, uniform, or PATTERN=SHARE for some, got "
-                    f'"{text}".'
-                )
-        return found
+        return _allocation(self.allocation)
 
 
 @dataclass(frozen=True)
@@ -197,6 +179,25 @@ def prune(run: Run, dense: DenseNetwork, config: PruneConfig, source: Source) ->
         tuple(notes),
         (plain.stat().st_size, sparse.stat().st_size),
     )
+
+
+def _allocation(texts: Sequence[str]) -> Allocation | None:
+    if not texts:
+        return None
+    if texts in (("global",), ("uniform",)):
+        return "global" if texts == ("global",) else "uniform"
+    found = {}
+    for text in texts:
+        pattern, _, share = text.rpartition("=")
+        try:
+            found[pattern] = float(share)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise ValueError(
+                f'`allocation` must be global, uniform, or PATTERN=SHARE for some, got "{text}".'
+            )
+    return found
 
 
 def layers_of(problem: PruningProblem, w: Tensor) -> tuple[Layer, ...]:
