@@ -6,7 +6,7 @@ ORACLE := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops li
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint docs bench bench-peers bench-gpu bench-training train-gpu notebooks clean
+.PHONY: help demo test check lint docs bench bench-peers bench-gpu bench-training bench-pruning train-gpu notebooks clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,10 @@ bench-gpu: $(PEERS)  ## the same on a CUDA device
 bench-training: $(STAMP)  ## sparsity and accuracy on MNIST and CIFAR-10; hours, goes on where it was stopped
 	$(BIN)/python benchmarks/target_sparsity.py
 	$(BIN)/python benchmarks/resnet20_sparsity.py
+	$(BIN)/python benchmarks/training_throughput.py
+
+bench-pruning: $(STAMP)  ## every method of pruning on the same networks; hours, goes on where it was stopped
+	$(BIN)/python benchmarks/pruning_tables.py
 
 train-gpu: $(STAMP)  ## the paper's networks on a CUDA device; hours, goes on where it was stopped
 	$(BIN)/python benchmarks/train_gpu.py
