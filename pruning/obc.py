@@ -14,9 +14,10 @@ from hessian import Objective
 from hessian.finiteness import finite_vector
 from pruning.allocation import Allocation
 from pruning.layer_allocation import keep_in_layers
+from pruning.layer_fit import by_group, damped, fitted_rows, mean_square
 from pruning.layer_inputs import LayerInputs, changed_moments, input_moments
 from pruning.pruned import Pruned, as_pruned
-from pruning.row_surgery import best_fit, removal_order
+from pruning.row_surgery import removal_order
 from pruning.saliency import CalibrationWarning
 
 LayerAllocation: TypeAlias = Literal["pooled", "relative", "uniform"] | Mapping[str, float]
@@ -140,7 +141,7 @@ class ObcTraces:
             if inputs == "pruned" and layer.moments.ndim == 3:
                 moments = changed_moments(self.objective, layer, weights, self.w)
                 num_passes += 2
-            fitted, error = _fitted(layer, W, kept, self.damping, moments)
+            fitted, error = fitted_rows(layer, W, kept, self.damping, moments)
             layer.write_rows_(parts, fitted.to(weights.dtype))
             errors.append(_layer_error(trace, W, fitted, kept, error))
         pruned = as_pruned(finite_vector(weights, "weight vector after pruning", self.objective))
@@ -155,7 +156,7 @@ class ObcTraces:
         units = [1.0] * len(self.layers)
         if relative:
             parts = self.objective.unflatten(self.w)
-            outputs = [_mean_square(t.inputs, t.inputs.rows(parts).double()) for t in self.layers]
+            outputs = [mean_square(t.inputs, t.inputs.rows(parts).double()) for t in self.layers]
             units = [output or 1.0 for output in outputs]
         costs = torch.cat(
             [
@@ -249,13 +250,13 @@ def _trace(inputs: LayerInputs, W: Tensor, damping: float, rows_at_once: int | N
         by_cost = (W.square() * inputs.moments).sort(dim=1, stable=True)
         return LayerTrace(inputs, by_cost.indices.int(), by_cost.values)
     orders, losses = [], []
-    for A, rows in _groups(inputs, W):
+    for A, rows in by_group(inputs, W):
         active = A.diagonal() > 0
         dead, live = (~active).nonzero()[:, 0], active.nonzero()[:, 0]
         stays = torch.zeros_like(rows, dtype=torch.bool)
         if inputs.bias is not None:
             stays[:, -1] = rows[:, -1] != 0
-        H = _damped(A, damping, inputs.weight)[live][:, live]
+        H = damped(A, damping, inputs.weight)[live][:, live]
         order, costs = removal_order(H, rows[:, live], stays[:, live], rows_at_once=rows_at_once)
         free = dead.expand(len(rows), -1)
         orders.append(torch.cat([free, live[order]], dim=1).int())
@@ -263,59 +264,12 @@ def _trace(inputs: LayerInputs, W: Tensor, damping: float, rows_at_once: int | N
     return LayerTrace(inputs, torch.cat(orders), torch.cat(losses))
 
 
-def _fitted(
-    inputs: LayerInputs,
-    W: Tensor,
-    keep: Tensor,
-    damping: float,
-    moments: tuple[Tensor, Tensor, Tensor] | None,
-) -> tuple[Tensor, float]:
-    """Return the rows that fit a layer's dense output best with what is kept, and their error.
-
-    With moments of changed inputs a = a_dense + s: least E (uᵀ a − wᵀ a_dense)² + δ |u − w|².
-    """
-    if inputs.moments.ndim == 1:
-        fitted = W.masked_fill(~keep, 0.0)
-        return fitted, _mean_square(inputs, fitted - W)
-    own, cross, change = moments or (inputs.moments, None, None)
-    groups = len(own)
-    found, error = [], 0.0
-    for i, (w, kept) in enumerate(zip(W.chunk(groups), keep.chunk(groups), strict=True)):
-        A = own[i].double()
-        N = torch.zeros_like(A) if cross is None else cross[i].double()
-        Q = torch.zeros_like(A) if change is None else change[i].double()
-        u = best_fit(_damped(A, damping, inputs.weight), w, kept, w @ N.T)
-        move = u - w
-        error += float((move @ A * move + 2.0 * (move @ N) * w + w @ Q * w).sum())
-        found.append(u)
-    return torch.cat(found), error
-
-
-def _groups(inputs: LayerInputs, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the moments of every group in float64, with its outputs' rows."""
-    moments = inputs.moments.double()
-    return list(zip(moments, W.chunk(len(moments)), strict=True))
-
-
-def _damped(A: Tensor, damping: float, name: str) -> Tensor:
-    active = A.diagonal() > 0
-    H = A.clone()
-    H.diagonal().add_(damping * A.diagonal().sum() / active.sum().clamp(min=1))
-    H.diagonal().masked_fill_(~active, 1.0)
-    if int(torch.linalg.cholesky_ex(H).info) != 0:
-        raise ValueError(
-            f"`damping` must be larger, got {damping}: the damped moments of what goes into "
-            f"`{name}` are singular in float64."
-        )
-    return H
-
-
 def _layer_error(
     trace: LayerTrace, W: Tensor, fitted: Tensor, keep: Tensor, error: float
 ) -> LayerError:
     inputs = trace.inputs
     went = ~keep.gather(1, trace.order.long())
-    whole = _mean_square(inputs, W)
+    whole = mean_square(inputs, W)
     weights = fitted if inputs.bias is None else fitted[:, :-1]
     return LayerError(
         inputs.weight,
@@ -324,13 +278,6 @@ def _layer_error(
         error,
         error / whole if whole > 0 else math.nan,
     )
-
-
-def _mean_square(inputs: LayerInputs, rows: Tensor) -> float:
-    """Return the mean over samples of the squared output of rows of weights."""
-    if inputs.moments.ndim == 1:
-        return float((rows.square() * inputs.moments).sum())
-    return sum(float((some @ A * some).sum()) for A, some in _groups(inputs, rows))
 
 
 def _warn_of_few(layers: Sequence[LayerInputs]) -> None:

@@ -25,7 +25,7 @@ def wanda_prune(
 ) -> Pruned:
     """Set the weights to zero that are smallest, times the norm of what they are multiplied by.
 
-    Score |W_ij| ‖x_j‖₂ for input j of output i, with the norm over all calibration samples and
+    Score ``|W_ij| ‖x_j‖₂`` for input j of output i, with the norm over all calibration samples and
     positions. Costs one forward pass without gradients. All layers that ``input_moments`` sees
     take part; biases, normalisation and all else stay as they are, but count for the sparsity.
 
