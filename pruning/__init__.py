@@ -22,7 +22,8 @@ from pruning.obd import ObdPruned, obd_prune
 from pruning.pruned import Pruned
 from pruning.saliency import CalibrationWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
-from pruning.sparse_layers import SparseLinear, to_dense, to_sparse
+from pruning.sparse_layers import to_dense, to_sparse
+from pruning.sparse_linear import SparseLinear
 from pruning.sparsity_target import SparsityWarning
 from pruning.transport import Transport
 from pruning.wanda import wanda_prune
