@@ -268,6 +268,29 @@ def test_the_random_state_and_the_threads_are_left_alone(folder, tmp_path):
     assert found.num_calibration_samples == 200
 
 
+def test_excluded_parameters_stay_as_they_are(folder, tmp_path):
+    import own_compare
+
+    training = TrainConfig(
+        model="own_compare:net", data="own_compare:samples", runs=("sgd",), epochs=1, threads=1
+    )
+    config = CompareConfig(training, ("magnitude",), (0.8,), (0,), exclude=("*.bias",))
+    run = Run(tmp_path / "run", "compare", config.identity())
+    study.compare(run, config, workers=1, console=Console(quiet=True))
+    (found,) = json.loads(cell_file(run.path, "magnitude", 0).read_text())["points"]
+    model = own_compare.net()
+    weights = load_file(run.path / "trainings" / "sgd_seed0" / "sgd" / "weights.safetensors")
+    matrices = torch.cat([weights[name].flatten() for name in ("0.weight", "2.weight")])
+    cut = matrices.abs().sort().values[math.ceil(0.8 * SIZE) - 1]
+    for name in ("0.weight", "2.weight"):
+        weights[name][weights[name].abs() <= cut] = 0.0
+    model.load_state_dict(weights)
+    _, (x, y) = own_compare.samples()
+    with torch.no_grad():
+        assert found["test"]["loss"] == pytest.approx(float(cross_entropy(model(x), y)), rel=1e-5)
+    assert found["sparsity"] == pytest.approx(math.ceil(0.8 * SIZE) / SIZE)
+
+
 def point(share, validation, test):
     """A cell's point with these accuracies."""
     measured = {"loss": 1.0, "distance": 0.1}
