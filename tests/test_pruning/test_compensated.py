@@ -293,7 +293,9 @@ def test_excluded_parameters_keep_their_count_and_count_for_the_sparsity():
     parts = distance.unflatten(result.mask.double())
     assert parts["0.bias"].all() and parts["2.bias"].all()
     assert int((~result.mask).sum()) == math.ceil(0.6 * len(w))
-    with pytest.raises(ValueError, match=r"`sparsity` must be at most 0\.8235294118 with what `exclude`"):
+    with pytest.raises(
+        ValueError, match=r"`sparsity` must be at most 0\.8235294118 with what `exclude`"
+    ):
         compensated_prune(w, distance, sparsity=0.9, exclude=["*.bias"])
     with pytest.raises(ValueError, match=r'`exclude` pattern "conv" matches none of 0\.weight'):
         compensated_prune(w, distance, sparsity=0.5, exclude=["conv"])
