@@ -76,6 +76,7 @@ BASELINES = (
     "wanda:per=global",
     "obc:allocation=uniform",
     "obc",
+    "obc:allocation=relative,inputs=pruned",
     "woodfisher",
 )
 DIRECTIONAL = ("soft-threshold", "dp-projector:k=100", "dp-filter", "path:k=100")

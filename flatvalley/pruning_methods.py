@@ -35,6 +35,7 @@ def _checked(
 ) -> Callable[[Settings], object]:
     def check(settings: Settings) -> None:
         _positive(settings, "temperature", "stages")
+        _one_of(settings, "allocation", ("global", "uniform"))
         solver(**known(settings, solver_settings(solver)))
 
     return check
@@ -69,6 +70,7 @@ def _baseline_check(settings: Settings) -> None:
 
 def _layerwise_check(settings: Settings) -> None:
     _one_of(settings, "allocation", ("pooled", "relative", "uniform"))
+    _one_of(settings, "inputs", ("dense", "pruned"))
     _positive(settings, "damping")
 
 
@@ -113,7 +115,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "obc": Method(
         "OBC",
-        {"allocation": str, "damping": float},
+        {"allocation": str, "damping": float, "inputs": str},
         runs.obc,
         check=_layerwise_check,
     ),
@@ -160,17 +162,15 @@ METHODS: Mapping[str, Method] = {
     ),
     "eigenspace": Method(
         "compensated, eigenspace",
-        solver_settings(EigenspaceSolver) | {"stages": int},
+        solver_settings(EigenspaceSolver) | {"stages": int, "allocation": str},
         runs.staged(runs.eigenspace),
         labels=_labels,
-        takes=_EXCLUDE,
         check=_checked(EigenspaceSolver),
     ),
     "krylov": Method(
         "compensated, Krylov",
-        solver_settings(KrylovSolver) | {"stages": int, "temperature": float},
+        solver_settings(KrylovSolver) | {"stages": int, "temperature": float, "allocation": str},
         runs.staged(runs.krylov),
-        takes=_EXCLUDE,
         check=_checked(KrylovSolver),
     ),
 }

@@ -120,7 +120,7 @@ def obc(
     """Yield exact layer-wise surgery; one run of removals serves all sparsities."""
     given = settings.get("allocation", problem.allocation)
     allocation: LayerAllocation = "pooled" if given in (None, "global") else given
-    damping = {key: settings[key] for key in ("damping",) if key in settings}
+    damping, inputs = (known(settings, {name: str}) for name in ("damping", "inputs"))
     clock = Clock(problem.w.device)
     with clock.running():
         traces = obc_traces(problem.objective, problem.w, **damping)
@@ -128,7 +128,7 @@ def obc(
     for sparsity in sparsities:
         clock = Clock(problem.w.device, before)
         with clock.running():
-            found = traces.prune(sparsity, allocation, exclude=problem.exclude)
+            found = traces.prune(sparsity, allocation, exclude=problem.exclude, **inputs)
         yield PrunedAt(sparsity, found.weights, 0, 0, clock.seconds)
 
 
@@ -246,15 +246,24 @@ def krylov(problem: PruningProblem, settings: Settings, **options: Any) -> None:
     """Compensate by conjugate gradients, without labels."""
     solver = KrylovSolver(**known(settings, solver_settings(KrylovSolver)))
     distance = problem.distance(settings.get("temperature", 1.0))
-    compensated_prune(problem.w, distance, solver=solver, exclude=problem.exclude, **options)
+    where = _where(problem, settings) | {"objective": distance}
+    _compensate(problem, solver, where, **options)
 
 
 def eigenspace(problem: PruningProblem, settings: Settings, **options: Any) -> None:
     """Compensate on the sharpest directions of the training loss."""
     solver = EigenspaceSolver(**known(settings, solver_settings(EigenspaceSolver)))
-    compensated_prune(
-        problem.w, problem.objective, solver=solver, exclude=problem.exclude, **options
-    )
+    _compensate(problem, solver, _where(problem, settings), **options)
+
+
+def _compensate(
+    problem: PruningProblem,
+    solver: KrylovSolver | EigenspaceSolver,
+    where: dict[str, Any],
+    **options: Any,
+) -> None:
+    curvature = where.pop("objective")
+    compensated_prune(problem.w, curvature, solver=solver, **where, **options)
 
 
 def woodfisher(problem: PruningProblem, settings: Settings, **options: Any) -> None:

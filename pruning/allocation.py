@@ -50,8 +50,8 @@ def keep_mask(
         allocation: See the table. Of several patterns that fit, the first counts.
         exclude: Glob patterns of parameters that stay as they are. They count for the sparsity,
             and no allocation concerns them.
-        progress: Share of the weights that have to go that goes now, for pruning in stages;
-            rounded for every tensor with a share of its own.
+        progress: Share in [0, 1] of the weights that have to go that goes now, for pruning in
+            stages: of m in all, exactly round(progress · m).
 
     Raises:
         ValueError: If w is not finite, a score is NaN, something does not fit, a share is outside
@@ -71,19 +71,21 @@ def keep_mask(
     fixed = zeros_by_parameter(
         w, sparsity=sparsity, objective=objective, allocation=allocation, exclude=exclude
     )
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"`progress` must be in [0, 1], got {progress}.")
     if torch.isnan(scores).any():
         raise ValueError(f"`scores` must not be NaN, got {int(torch.isnan(scores).sum())} such.")
     keep = w != 0
     may_go = keep & prunable(w, objective, exclude)
     left = wanted_zeros(sparsity, len(w)) - int((~keep).sum())
     places = {} if objective is None else parameter_slices(objective)
-    for name, zeros in fixed.items():
+    going = {name: zeros - int((w[places[name]] == 0).sum()) for name, zeros in fixed.items()}
+    now = _shares_now([*going.values(), max(left - sum(going.values()), 0)], progress)
+    for name, count in zip(going, now[:-1], strict=True):
         part = places[name]
-        going = zeros - int((w[part] == 0).sum())
-        _drop_lowest_(keep[part], scores[part], may_go[part], round(progress * going))
+        _drop_lowest_(keep[part], scores[part], may_go[part], count)
         may_go[part] = False
-        left -= going
-    _drop_lowest_(keep, scores, may_go, round(progress * max(left, 0)))
+    _drop_lowest_(keep, scores, may_go, now[-1])
     return keep
 
 
@@ -223,6 +225,16 @@ def _equal_shares(tensors: Mapping[str, tuple[int, int]], total: int) -> dict[st
     by_remainder = sorted(rest, key=lambda name: -(rest[name] % whole))
     for name in by_remainder[: total - sum(found.values())]:
         found[name] += 1
+    return found
+
+
+def _shares_now(counts: Sequence[int], progress: float) -> list[int]:
+    """Return a share of each count, rounded by largest remainders to that of their sum."""
+    exact = [progress * count for count in counts]
+    found = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
+    for i in by_remainder[: round(progress * sum(counts)) - sum(found)]:
+        found[i] += 1
     return found
 
 

@@ -312,7 +312,7 @@ def test_what_is_cut_off_leaves_no_weights(folder, trained, monkeypatch):
         (["--method=eigenspace:k=0"], 2, "`k` must be at least 1, got 0"),
         (["--method=dp-projector:k=500"], 2, "needs k at most 243, the number of weights, got 500"),
         (["--method=path:k=5", "--exclude=*.bias"], 2, "`exclude` cannot go with path"),
-        (["--method=krylov", "--allocation=uniform"], 2, "`allocation` cannot go with krylov"),
+        (["--method=wanda", "--allocation=uniform"], 2, "`allocation` cannot go with wanda"),
         (["--method=magnitude", "--allocation=*=x"], 2, "PATTERN=SHARE"),
         (["--method=magnitude", "--exclude=nothing"], 2, '`exclude` pattern "nothing" matches'),
         (["--method=magnitude", "--exclude=0.weight"], 2, "`sparsity` must be at most 0.506"),

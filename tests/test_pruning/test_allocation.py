@@ -173,6 +173,24 @@ def test_zeros_in_a_fixed_tensor_are_kept_if_there_are_more():
     assert torch.equal(keep, w != 0)
 
 
+@pytest.mark.parametrize("allocation", ["global", "uniform", {"1.*": 0.7}])
+def test_stages_remove_exactly_their_number_and_end_where_one_step_does(allocation):
+    objective = network(5, 7, 3)
+    w = normal(objective.size)
+    scores = w.abs()
+    options = {"sparsity": 0.6, "objective": objective, "allocation": allocation}
+    whole = keep_mask(scores, w, **options)
+    wanted = int((~whole).sum())
+    for goals in ([1, 2, 5, 20, wanted], range(1, wanted + 1)):
+        left = w.clone()
+        for goal in goals:
+            gone = int((left == 0).sum())
+            keep = keep_mask(scores, left, progress=(goal - gone) / (wanted - gone), **options)
+            assert int((~keep).sum()) == goal
+            left[~keep] = 0.0
+        assert zeros_in(left != 0, objective) == zeros_in(whole, objective)
+
+
 def test_arguments_are_left_alone():
     objective = network(3, 4, 1)
     w, scores = normal(objective.size), normal(objective.size, seed=1)
