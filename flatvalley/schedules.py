@@ -81,11 +81,13 @@ def horizon_by_time(factor: Factor, num_steps: int) -> int:
         >>> horizon_by_time(schedule("constant", epochs=4, steps_per_epoch=10), 40)
         40
         >>> horizon_by_time(schedule("step:at=2", epochs=4, steps_per_epoch=10), 40)
-        23
+        22
     """
-    times = list(accumulate(factor(step) for step in range(num_steps)))
-    landing = 1 + bisect_left(times, LANDING * times[-1])
-    return max(1, round(landing / LANDING))
+    times = [0.0, *accumulate(factor(step) for step in range(num_steps))]
+    time = LANDING * times[-1]
+    step = bisect_left(times, time, lo=1) - 1
+    landing = step + (time - times[step]) / (times[step + 1] - times[step] or 1.0)
+    return min(max(1, round(landing / LANDING)), num_steps)
 
 
 def _paper(progress: float) -> float:

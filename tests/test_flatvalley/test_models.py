@@ -80,7 +80,9 @@ def test_classes_can_be_chosen_and_unknown_names_list_the_known_ones():
             assert bias.shape == (3,)
         # The paper on directional pruning: 36,546,980 weights for CIFAR-100.
         assert size(wrn_28_10(seed=0, num_classes=100, late_stride=True)) == 36_546_980
-    with pytest.raises(ValueError, match=r'`model` must be one of lenet-300-100, .* got "alexnet"'):
+    with pytest.raises(
+        ValueError, match=r'`model` must be one of digits-mlp, lenet-300-100, .* got "alexnet"'
+    ):
         build_named_model("alexnet", seed=0)
     with pytest.raises(ValueError, match="`num_classes` must be at least 1, got 0"):
         build_named_model("lenet-5", seed=0, num_classes=0)

@@ -117,3 +117,11 @@ def test_the_horizon_lands_after_three_quarters_of_the_training_time(text):
     landing = round(0.75 * horizon)
     assert abs(sum(rates[:landing]) / sum(rates) - 0.75) < 0.002
     assert (horizon == 1000) == (text == "constant")
+    for steps in range(1, 9):
+        constant = schedule("constant", epochs=1, steps_per_epoch=steps)
+        assert horizon_by_time(constant, steps) == steps
+        assert (
+            1
+            <= horizon_by_time(schedule("cosine", epochs=1, steps_per_epoch=steps), steps)
+            <= steps
+        )

@@ -342,7 +342,10 @@ def test_settings_out_of_range_are_refused_at_the_door(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": "lenet-6", "data": "digits"}, "`model` must be one of lenet-300-100, "),
+        (
+            {"model": "lenet-6", "data": "digits"},
+            "`model` must be one of digits-mlp, lenet-300-100, ",
+        ),
         ({"data": "mnits"}, "`data` must be one of cifar10, digits, mnist, got"),
         ({"data": "digits"}, "`model` lenet-300-100 must be able to evaluate `data` digits"),
         ({"data": "digits", "augment": "crop-flip"}, "`augment` crop-flip needs images"),
