@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -199,7 +200,9 @@ def print_peak(model: str, name: str) -> None:
     shape = (1, 28, 28) if problem.data == "mnist" else (3, 32, 32)
     images = torch.randint(0, 256, (problem.samples, *shape), dtype=torch.uint8)
     trainer(problem, name, images, torch.randint(0, 10, (problem.samples,)))()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not ru_maxrss, which begins with the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def main() -> None:
