@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,26 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("[0-9]*.py"))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_notebook_runs_to_its_answer(source):
-    done = subprocess.run(
+@pytest.fixture(scope="module")
+def runs():
+    """Two at a time: they are the last to be done, when other processes have nothing left."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {source: pool.submit(run, source) for source in SOURCES}
+
+
+def run(source):
+    return subprocess.run(
         [sys.executable, "-W", "ignore::UserWarning", str(source)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(NOTEBOOKS.parent)},
     )
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_notebook_runs_to_its_answer(source, runs):
+    done = runs[source].result()
     assert done.returncode == 0, done.stderr
 
 
