@@ -1,8 +1,6 @@
 """``flatvalley compare`` and ``flatvalley published`` as a user runs them, against plain torch."""
 
 import contextlib
-import csv
-import io
 import itertools
 import json
 import math
@@ -18,7 +16,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from flatvalley.cli import main
 from flatvalley.data import default_root
 from flatvalley.run import Run
 from flatvalley.studies import compare as study
@@ -28,6 +25,7 @@ from flatvalley.studies.compare_rows import parse_row, training_run
 from flatvalley.studies.direct_labels import spread
 from flatvalley.studies.published import PROTOCOLS, Point, frontier, read_published
 from flatvalley.train_config import TrainConfig, file_name
+from tests.program import flatvalley, rows
 
 MODULE = """
 import torch
@@ -79,26 +77,6 @@ def _no_waiting_for_the_disk(monkeypatch):
 def _no_pictures(monkeypatch):
     """Only those of the folder that all tests share."""
     monkeypatch.setattr("flatvalley.commands.compare.draw_comparison", lambda findings, run: [])
-
-
-def flatvalley(*arguments):
-    """Run the program in this process; exit status, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["flatvalley", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        return end.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = before
-    raise AssertionError("main must end with an exit status")
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

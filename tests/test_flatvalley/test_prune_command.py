@@ -1,8 +1,6 @@
 """``flatvalley prune`` as a user runs it, against plain torch and hand-made rankings."""
 
 import contextlib
-import csv
-import io
 import itertools
 import json
 import math
@@ -17,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from flatvalley.cli import main
 from flatvalley.dense_network import load_dense
 from flatvalley.fine_tuning import fine_tune_
 from flatvalley.pruners import alternatives, pruner
@@ -30,6 +27,7 @@ from flatvalley.train_config import TrainConfig
 from flatvalley.training import train
 from hessian import NonFiniteError
 from pruning import CalibrationWarning
+from tests.program import flatvalley, rows
 
 MODULE = """
 import torch
@@ -79,26 +77,6 @@ def _no_waiting_for_the_disk(monkeypatch):
 def _no_pictures(monkeypatch):
     """Only those of the folder that all tests share."""
     monkeypatch.setattr("flatvalley.commands.prune.draw_pruning", lambda findings, run: [])
-
-
-def flatvalley(*arguments):
-    """Run the program in this process; exit status, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["flatvalley", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        return end.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = before
-    raise AssertionError("main must end with an exit status")
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """``flatvalley spectrum`` as a user runs it, against dense Hessians of small models."""
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
@@ -18,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flatvalley.cli import main
 from flatvalley.data import load_dataset
 from flatvalley.models import tanh_mlp
 from flatvalley.run import write_tensors
@@ -28,6 +25,7 @@ from flatvalley.studies.spectrum_figures import MAX_LAYERS, eigenvalues, layers
 from flatvalley.studies.spectrum_report import significant, with_error
 from flatvalley.studies.verify import VerifyConfig
 from hessian.storage import load_eigenspace
+from tests.program import flatvalley, rows
 
 MODULE = """
 import os
@@ -123,26 +121,6 @@ def folder(tmp_path_factory):
     with contextlib.chdir(path):
         yield path
     sys.modules.pop("own_spectrum", None)
-
-
-def flatvalley(*arguments):
-    """Run the program in this process; exit status, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["flatvalley", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        return end.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = before
-    raise AssertionError("main must end with an exit status")
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

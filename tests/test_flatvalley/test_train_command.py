@@ -1,8 +1,6 @@
 """``flatvalley train`` as a user runs it: alone, on code of their own, and under ``torchrun``."""
 
 import contextlib
-import csv
-import io
 import json
 import os
 import re
@@ -15,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatvalley.cli import main
+from tests.program import flatvalley, rows
 
 ROOT = Path(__file__).parents[2]
 MODULE = """
@@ -63,26 +61,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def flatvalley(*arguments):
-    """Run the program in this process; exit status, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["flatvalley", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        return end.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = before
-    raise AssertionError("main must end with an exit status")
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
