@@ -13,7 +13,7 @@ from timing import RESULTS, say
 from flatvalley.data import Dataset
 from flatvalley.train_config import TrainConfig
 from flatvalley.training import train
-from hessian.storage import write_atomically
+from hessian.atomic import write_atomically
 
 NAMES = (
     "model",

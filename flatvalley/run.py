@@ -19,7 +19,7 @@ from torch import Tensor
 
 import flatvalley
 from hessian import DamagedFileError
-from hessian.storage import write_atomically as write_atomically
+from hessian.atomic import write_atomically as write_atomically
 
 Row = Mapping[str, Any]
 DECISIVE = ("flatvalley", "torch")
@@ -62,7 +62,7 @@ class Run:
     def _open(self, study: str) -> dict[str, Any]:
         file = self.path / "run.json"
         if not file.exists():
-            if any(self.path.iterdir()):
+            if any(entry.name != ".run.json.partial" for entry in self.path.iterdir()):
                 raise ValueError(
                     f"`out` must be an empty or new folder, or one with a run to resume, but "
                     f"{self.path} holds other files. Choose another."

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hessian import NonFiniteError
+from hessian.atomic import write_atomically
 from hessian.flat_weights import FlatWeights
 from hessian.parameters import unwrapped
-from hessian.storage import DamagedFileError, write_atomically
+from hessian.storage import DamagedFileError
 from hessian.unsharded import is_sharded
 
 FORMAT = "flatvalley masks 1"

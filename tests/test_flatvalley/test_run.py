@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from flatvalley.run import DamagedFileError, Run, read_tensors, write_atomically, write_tensors
+from flatvalley.run import DamagedFileError, Run, read_tensors, write_tensors
 
 
 def test_run_of_the_same_settings_is_resumed(tmp_path):
@@ -25,6 +25,12 @@ def test_folder_with_foreign_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`out` must be an empty or new folder"):
         Run(tmp_path, "study", {})
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_folder_of_a_run_killed_before_its_first_file_is_taken(tmp_path):
+    (tmp_path / ".run.json.partial").write_text("{half")
+    assert not Run(tmp_path, "verify", {"lr": 0.2}).resumed
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -74,12 +80,3 @@ def test_truncated_tensors_are_reported(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DamagedFileError, match="is damaged"):
         read_tensors(path)
-
-
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = write_atomically(tmp_path / "f", b"old")
-    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
