@@ -1,5 +1,6 @@
 """The training loss as a function of one flat vector of weights, with its derivatives."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
@@ -119,6 +120,7 @@ class Objective(FlatWeights):
         self.criterion = criterion
         self._criterion = BatchCriterion(criterion, reduction, count)
         self._regularizer = regularizer
+        self._buffers: dict[str, Tensor] = {}
         self.ranks = Ranks(group, self.device)
         with self.ranks.in_step(*self.model.parameters(), *self.model.buffers()):
             require_fixed_modules(self.model)
@@ -149,6 +151,32 @@ class Objective(FlatWeights):
     def output(self, w: Float[Tensor, " d"], batch: Batch) -> Any:
         """Return the model's output on a batch at weights w; differentiable in w."""
         return self._output_at(self.unflatten(w), batch)
+
+    def output_at(self, weights: dict[str, Tensor], batch: Batch) -> Any:
+        """Return the model's output on a batch for the weights by name."""
+        return self._output_at(weights, batch)
+
+    def with_buffers(self, buffers: Mapping[str, Tensor]) -> "Objective":
+        """Return this objective with other buffers, such as running statistics that fit other w.
+
+        Everything else is shared, and the model keeps its own. The tensors are read in every
+        call, so what is written into them later counts.
+
+        Raises:
+            ValueError: If the model has no such buffer, or one of another shape or type.
+        """
+        own = dict(self.model.named_buffers())
+        for name, buffer in buffers.items():
+            kind = None if name not in own else (list(own[name].shape), own[name].dtype)
+            if kind != (list(buffer.shape), buffer.dtype):
+                raise ValueError(
+                    "`buffers` must hold buffers of the model in their shapes and types, got "
+                    f"`{name}` of shape {list(buffer.shape)} in {buffer.dtype}, where the model "
+                    f"has {kind or 'none'}."
+                )
+        other = copy.copy(self)
+        other._buffers = {**self._buffers, **buffers}
+        return other
 
     def batch_loss(self, w: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, ""]:
         """Return the mean loss over one batch, with the regulariser; differentiable in w.
@@ -314,7 +342,11 @@ class Objective(FlatWeights):
         inputs = ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch[:-1]), None)
         # Tied weights are put in here: torch would put two in a module that is registered twice,
         # and would afterwards put back the first of them, instead of the parameter.
-        return functional_call(self.model, self._in_all_places(weights), *inputs, tie_weights=False)
+        values = self._in_all_places(weights) | self._buffers
+        return functional_call(self.model, values, *inputs, tie_weights=False)
+
+    def _constants(self) -> dict[str, Tensor]:
+        return super()._constants() | self._buffers
 
     def _begin(self, w: Tensor) -> Tensor:
         """Check what may have changed since the last call: the vector, the model's mode."""

@@ -1,6 +1,6 @@
 """Sparse weights from dense ones without leaving the valley: directional pruning and gRDA."""
 
-from pruning.batch_statistics import recalibrate_batch_norm_
+from hessian.batch_statistics import recalibrate_batch_norm_
 from pruning.compensated import CompensatedPruned, compensated_prune
 from pruning.compensated_solvers import EigenspaceSolver, KrylovSolver, Stage
 from pruning.dense_distance import DenseDistance

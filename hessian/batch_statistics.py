@@ -1,6 +1,6 @@
-"""Running statistics of batch norm that fit the weights of a pruned network."""
+"""Running statistics of batch norm that fit other weights than those they were gathered with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ def recalibrate_batch_norm_(model: nn.Module, inputs: Any) -> int:
         (tensor([2.]), tensor([2.]))
     """
     model = unwrapped(model)
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = list(batch_norm_layers(model).values())
     if not layers:
         return 0
     device = next(model.buffers()).device
@@ -53,26 +53,45 @@ def recalibrate_batch_norm_(model: nn.Module, inputs: Any) -> int:
     return len(layers)
 
 
+def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the layers that normalise by running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+    }
+
+
 @contextmanager
-def _averaging(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let batch norm layers average over batches inside; put all else, or all, back."""
+def normalising_by_batch(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Let these layers alone normalise by batch; modes and momenta are put back."""
+    layers = list(layers)
     modes = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
-    before = [[b.clone() for b in layer.buffers()] for layer in layers]
     try:
         model.eval()
         for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a plain average
             layer.train()
         yield
-    except BaseException:
-        for layer, buffers in zip(layers, before, strict=True):
-            for buffer, old in zip(layer.buffers(), buffers, strict=True):
-                buffer.copy_(old)
-        raise
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _averaging(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """Let batch norm layers average over batches inside; put all else, or all, back."""
+    before = [[b.clone() for b in layer.buffers()] for layer in layers]
+    try:
+        with normalising_by_batch(model, layers):
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # a plain average
+            yield
+    except BaseException:
+        for layer, buffers in zip(layers, before, strict=True):
+            for buffer, old in zip(layer.buffers(), buffers, strict=True):
+                buffer.copy_(old)
+        raise
