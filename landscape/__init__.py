@@ -2,11 +2,18 @@
 
 from landscape.barrier import Barrier, Excess, barrier
 from landscape.connect import ConnectedCurve, train_bezier
+from landscape.directions import (
+    Directions,
+    difference_directions,
+    eigenvector_directions,
+    orthogonalized,
+)
 from landscape.evaluate import BatchNormWarning, Evaluation, evaluate, zero_one_loss
 from landscape.figures import plot_profile, plot_share, plot_trajectory
 from landscape.paths import BezierCurve, Line, Path
 from landscape.plane_figure import plot_plane
 from landscape.planes import Plane, grid
+from landscape.random_directions import random_directions
 from landscape.saving import save_figure
 from landscape.trajectory import (
     Trajectory,
@@ -21,6 +28,7 @@ __all__ = [
     "BatchNormWarning",
     "BezierCurve",
     "ConnectedCurve",
+    "Directions",
     "Evaluation",
     "Excess",
     "Line",
@@ -28,13 +36,17 @@ __all__ = [
     "Plane",
     "Trajectory",
     "barrier",
+    "difference_directions",
+    "eigenvector_directions",
     "evaluate",
     "grid",
+    "orthogonalized",
     "plot_plane",
     "plot_profile",
     "plot_share",
     "plot_trajectory",
     "project_trajectory",
+    "random_directions",
     "random_share",
     "random_share_interval",
     "save_figure",

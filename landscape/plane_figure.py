@@ -91,12 +91,21 @@ def plot_plane(
     _draw_points(ax, plane, points)
     if equal_aspect:
         ax.set_aspect("equal")
-    note = "" if equal_aspect else ", other scale than x"
-    ax.set_xlabel("x (distance in weight space)")
-    ax.set_ylabel(f"y (distance in weight space{note})")
+    xlabel, ylabel = axis_labels(plane)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel if equal_aspect else f"{ylabel[:-1]}, other scale than x)")
     if ax.get_legend_handles_labels()[0]:
         legend_above(ax)
     return ax
+
+
+def axis_labels(plane: Plane) -> tuple[str, str]:
+    """What the axes of a plane are, with their unit."""
+    if plane.is_orthonormal:
+        units = ["distance in weight space"] * 2
+    else:
+        units = [f"1 is a distance of {length:.3g}" for length in plane.lengths]
+    return f"{plane.labels[0]} ({units[0]})", f"{plane.labels[1]} ({units[1]})"
 
 
 def _grid_axes(evaluation: Evaluation) -> tuple[Any, Any]:

@@ -1,28 +1,39 @@
-"""Planes through weight space with orthonormal axes, in units of weight-space distance."""
+"""Planes through weight space, whose axes have lengths and an angle of their own."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from landscape.directions import Directions
+
 # A hundredth of the 1 % at which figures say that a point lies off the plane.
 ORTHONORMAL_TOLERANCE = 1e-4
+# Beyond this, coordinates of weights in float32 (eps 1.2e-7) keep no certain digit.
+MAX_CONDITION = 1e6
 
 
 @dataclass(frozen=True)
 class Plane:
     """The plane origin + x u + y v.
 
+    The axes need be neither of length one nor orthogonal: coordinates count multiples of u and v,
+    so that a filter-normalised direction is walked once from 0 to 1. `Plane.through` makes
+    orthonormal axes, whose coordinates are distances in weight space.
+
     Args:
         origin: Weights at x = y = 0, shape [d].
-        u: Unit vector of the x axis, shape [d].
-        v: Unit vector of the y axis, orthogonal to u, shape [d].
+        u: Direction of the x axis, shape [d].
+        v: Direction of the y axis, shape [d], not along u.
+        labels: What to call the axes in a figure.
 
     Raises:
-        ValueError: If u and v are not orthonormal to 1e-4.
+        ValueError: If an axis is zero or not finite, or u and v are parallel: the Gram matrix of
+            the axes, scaled to length one, has a condition number above 1e6.
 
     Example:
         >>> import torch
@@ -37,17 +48,65 @@ class Plane:
     origin: Float[Tensor, " d"]
     u: Float[Tensor, " d"]
     v: Float[Tensor, " d"]
+    labels: tuple[str, str] = ("x", "y")
 
     def __post_init__(self) -> None:
-        u, v = self.u.to(torch.float64), self.v.to(torch.float64)
-        lengths, cosine = (float(u.norm()), float(v.norm())), float(torch.dot(u, v))
-        errors = (lengths[0] - 1, lengths[1] - 1, cosine)
-        if not all(abs(error) <= ORTHONORMAL_TOLERANCE for error in errors):
+        lengths = self.lengths
+        if not all(length > 0 and math.isfinite(length) for length in lengths):
             raise ValueError(
-                "`u` and `v` must be orthonormal, got lengths "
-                f"{lengths[0]:.6g} and {lengths[1]:.6g} and inner product {cosine:.6g}. "
-                "`Plane.through` makes such axes from three points."
+                "`u` and `v` must have positive, finite length, got "
+                f"{lengths[0]:.6g} and {lengths[1]:.6g}."
             )
+        # Eigenvalues of [[1, c], [c, 1]] are 1 ± c.
+        cosine = abs(self.cosine)
+        if not 1 + cosine <= MAX_CONDITION * (1 - cosine):
+            raise ValueError(
+                f"`u` and `v` must span a plane, but they are parallel: their cosine is "
+                f"{self.cosine:.9g}. Take another direction, or `orthogonalized` ones."
+            )
+
+    @cached_property
+    def gram(self) -> Float64[Tensor, "2 2"]:
+        """Inner products of the axes, summed in float64, on the CPU."""
+        u, v = self.u.to(torch.float64), self.v.to(torch.float64)
+        uu, uv, vv = (float(torch.dot(*pair)) for pair in ((u, u), (u, v), (v, v)))
+        return torch.tensor([[uu, uv], [uv, vv]], dtype=torch.float64)
+
+    @property
+    def lengths(self) -> tuple[float, float]:
+        """Lengths of u and v: what a coordinate of 1 is worth in weight space."""
+        return math.sqrt(float(self.gram[0, 0])), math.sqrt(float(self.gram[1, 1]))
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between u and v."""
+        return float(self.gram[0, 1]) / math.prod(self.lengths)
+
+    @property
+    def is_orthonormal(self) -> bool:
+        """Whether coordinates are distances, to 1e-4."""
+        errors = (self.lengths[0] - 1, self.lengths[1] - 1, self.cosine)
+        return all(abs(error) <= ORTHONORMAL_TOLERANCE for error in errors)
+
+    @classmethod
+    def along(cls, origin: Float[Tensor, " d"], directions: Directions) -> "Plane":
+        """Return the plane of two directions through an origin, its axes named after them.
+
+        Raises:
+            ValueError: If there are not two directions, they are parallel, or have another length,
+                type or device than the origin.
+        """
+        if len(directions.vectors) != 2:
+            raise ValueError(
+                f"`directions` must hold two to span a plane, got {len(directions.vectors)}."
+            )
+        u, v = directions.vectors
+        if u.shape != origin.shape or u.dtype != origin.dtype or u.device != origin.device:
+            raise ValueError(
+                f"`directions` must have {origin.numel()} entries in {origin.dtype} on "
+                f"{origin.device} like `origin`, got {u.numel()} in {u.dtype} on {u.device}."
+            )
+        return cls(origin, u, v, (directions.names[0], directions.names[1]))
 
     @classmethod
     def through(
@@ -99,11 +158,15 @@ class Plane:
         return self.origin + x * self.u + y * self.v
 
     def coordinates(self, w: Float[Tensor, " d"]) -> tuple[float, float, float]:
-        """Return (x, y) of the nearest point of the plane and the distance of w from it."""
+        """Return (x, y) of the nearest point of the plane and the distance of w from it.
+
+        Least squares through the Gram matrix of the axes: right whatever their lengths and angle.
+        """
         difference = w.to(torch.float64) - self.origin.to(torch.float64)
         u, v = self.u.to(torch.float64), self.v.to(torch.float64)
-        x, y = torch.dot(u, difference), torch.dot(v, difference)
-        return float(x), float(y), float((difference - x * u - y * v).norm())
+        products = torch.stack([torch.dot(u, difference), torch.dot(v, difference)]).cpu()
+        x, y = torch.linalg.solve(self.gram, products).tolist()
+        return x, y, float((difference - x * u - y * v).norm())
 
 
 def grid(

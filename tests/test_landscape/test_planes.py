@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from landscape import Plane, grid
+from landscape import Directions, Plane, grid
 
 
 def random_points(count, d=40, dtype=torch.float64, seed=0):
@@ -41,6 +41,7 @@ def test_a_nearly_flat_triangle_keeps_orthonormal_axes():
     plane = Plane.through(a, b, a + 0.4 * (b - a) + 1e-9 * (c - a))
     assert abs(float(torch.dot(plane.u, plane.v))) < 1e-14
     assert float(plane.v.norm()) == pytest.approx(1, abs=1e-14)
+    assert plane.is_orthonormal
 
 
 def test_sums_run_in_float64():
@@ -80,12 +81,51 @@ def test_degenerate_triangles_are_named(dtype, pick, message):
         Plane.through(*(points[i] for i in pick))
 
 
-def test_axes_that_are_not_orthonormal_are_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("angle", [90.0, 60.0, 5.0])
+def test_coordinates_count_multiples_of_axes_of_any_length_and_angle(dtype, angle):
+    """Against lstsq. A length along each axis would be (9.9, -4.1) for axes of length 14."""
+    origin, a, b, other = random_points(4)
+    a, b = torch.linalg.qr(torch.stack([a, b], dim=1))[0].T
+    radians = torch.deg2rad(torch.tensor(angle, dtype=torch.float64))
+    u, v = 14.2 * a, 14.1 * (torch.cos(radians) * a + torch.sin(radians) * b)
+    plane = Plane(origin.to(dtype), u.to(dtype), v.to(dtype))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    assert plane.coordinates(plane(0.7, -0.3)) == pytest.approx((0.7, -0.3, 0), abs=tolerance)
+    x, y, residual = plane.coordinates(other.to(dtype))
+    D = torch.stack([u, v], dim=1)
+    solution = torch.linalg.lstsq(D, (other - origin)[:, None]).solution[:, 0]
+    assert [x, y] == pytest.approx(solution.tolist(), abs=tolerance)
+    assert residual == pytest.approx(float((D @ solution - other + origin).norm()), rel=1e-5)
+    assert plane.lengths == pytest.approx((14.2, 14.1), rel=1e-6)
+    assert plane.cosine == pytest.approx(float(torch.cos(radians)), abs=1e-6)
+    assert not plane.is_orthonormal
+
+
+def test_a_plane_along_directions_has_their_names_and_lengths():
+    origin, u, v = random_points(3)
+    plane = Plane.along(origin, Directions(torch.stack([3 * u, v]), "mine", ("steep", "flat")))
+    assert plane.labels == ("steep", "flat")
+    assert torch.equal(plane(1.0, 0.0), origin + 3 * u)
+    assert torch.equal(plane(0.0, 1.0), origin + v)
+
+
+def test_directions_that_do_not_fit_the_origin_are_named():
+    origin, u, v = random_points(3)
+    two = Directions(torch.stack([u, v]), "mine", ("a", "b"))
+    with pytest.raises(ValueError, match="`directions` must have 30 entries"):
+        Plane.along(origin[:30], two)
+    with pytest.raises(ValueError, match="`directions` must hold two to span a plane, got 1"):
+        Plane.along(origin, Directions(u[None], "mine", ("a",)))
+
+
+def test_axes_that_span_no_plane_are_refused():
     e = torch.eye(3)
-    with pytest.raises(ValueError, match="orthonormal, got lengths 2 and 1"):
-        Plane(e[0], 2 * e[1], e[2])
-    with pytest.raises(ValueError, match=r"inner product 0\.6"):
-        Plane(e[0], e[1], 0.6 * e[1] + 0.8 * e[2])
+    with pytest.raises(ValueError, match=r"parallel: their cosine is -1"):
+        Plane(e[0], e[1], -2 * e[1])
+    for bad in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive, finite length"):
+            Plane(e[0], bad * e[1], e[2])
 
 
 def test_grid_is_in_ij_order_and_need_not_be_square():
