@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -29,6 +29,9 @@ from pruning.saliency import (
     kronecker_factors,
     kronecker_saliency,
 )
+from pruning.surgical_ranking import surgical_ranking
+
+Saliency: TypeAlias = Literal["surgery", "kronecker", "diagonal", "magnitude"]
 
 Estimate: TypeAlias = Callable[[Tensor, Tensor], Eigenspace]
 """Called with w and the mask of weights alive, both of shape [d]: an eigenspace of shape [d, k]."""
@@ -67,7 +70,10 @@ class KrylovSolver:
             where it ended. More steps follow a curved loss better, with fewer products each.
         damping: τ as a share of the mean of diag G over the weights alive at the start. A larger
             one moves the weights less, and fits few calibration samples less closely.
-        saliency_damping: δ as a share of the mean of diag A, in ``kronecker_saliency``.
+        saliency: What goes at a stage: ``"surgery"``, the first of a ``surgical_ranking``;
+            ``"kronecker"``, the least ``kronecker_saliency``; ``"diagonal"``, the least w² diag G;
+            ``"magnitude"``, the smallest.
+        saliency_damping: δ as a share of the mean of diag A, for the first two.
         num_draws: Draws of random targets for the saliencies of a stage.
         tol: Stop a system at this relative residual.
         progress: Stop it when an iteration lowers its value by less than this share.
@@ -83,6 +89,7 @@ class KrylovSolver:
     products: int = 50
     steps: int = 1
     damping: float = 0.3
+    saliency: Saliency = "surgery"
     saliency_damping: float = 0.01
     num_draws: int = 1
     tol: float = 1e-4
@@ -96,6 +103,10 @@ class KrylovSolver:
             raise ValueError(
                 f"`preconditioner` must be one of {get_args(Preconditioning)}, got "
                 f"{self.preconditioner!r}."
+            )
+        if self.saliency not in get_args(Saliency):
+            raise ValueError(
+                f"`saliency` must be one of {get_args(Saliency)}, got {self.saliency!r}."
             )
         if self.steps < 1 or self.products < 2 * self.steps:
             raise ValueError(
@@ -171,8 +182,7 @@ class _KrylovStages:
             mean = float(factors.diagonal[alive].double().mean())
             # Outputs that no weight moves leave G = 0, and any τ gives x = 0.
             self._tau = o.damping * mean if mean > 0 else 1.0
-        cost = kronecker_saliency(w, factors, distance, damping=o.saliency_damping)
-        alive = alive & choose(cost, w, count)
+        alive = alive & choose(self._cost(w, factors), w, count)
         preconditioner = None
         if o.preconditioner == "diagonal":
             preconditioner = diagonal_preconditioner(factors, self._tau)
@@ -209,6 +219,15 @@ class _KrylovStages:
             all(step.solution.converged for step in steps),
         )
         return w, alive, stage
+
+    def _cost(self, w: Tensor, factors: KroneckerFactors) -> Tensor:
+        o = self._options
+        if o.saliency == "magnitude":
+            return w.abs()
+        if o.saliency == "diagonal":
+            return w.square() * factors.diagonal
+        rank = surgical_ranking if o.saliency == "surgery" else kronecker_saliency
+        return rank(w, factors, self._distance, damping=o.saliency_damping)
 
 
 class _EigenspaceStages:

@@ -53,7 +53,7 @@ def row_preconditioner(
     blocks = [
         block
         for layer in factors.layers
-        for block in _blocks(layer, _row_places(layer, places), alive, tau)
+        for block in _blocks(layer, layer.rows(places), alive, tau)
     ]
 
     def apply(r: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -64,14 +64,6 @@ def row_preconditioner(
         return out
 
     return apply
-
-
-def _row_places(layer: LayerFactors, places: dict[str, Tensor]) -> Tensor:
-    """Return where in the flat vector a layer's weights are, by output and input."""
-    rows = places[layer.weight].flatten(1)
-    if layer.bias is not None:
-        rows = torch.cat([rows, places[layer.bias][:, None]], dim=1)
-    return rows
 
 
 def _blocks(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hessian.finiteness import finite_vector
@@ -33,6 +33,20 @@ class LayerFactors:
     """E Σ g² over a sample's positions, by output."""
     num_rows: int
     """Samples times positions behind the moments of the inputs."""
+
+    def rows(self, parts: dict[str, Tensor]) -> Shaped[Tensor, "m n"]:
+        """Return a copy of values beside the weights as a matrix: a row an output, bias last."""
+        rows = parts[self.weight].flatten(1)
+        if self.bias is None:
+            return rows.clone()
+        return torch.cat([rows, parts[self.bias][:, None]], dim=1)
+
+    def write_rows_(self, parts: dict[str, Tensor], rows: Float[Tensor, "m n"]) -> None:
+        """Write a matrix of values, as ``rows`` gives it, into values beside the weights."""
+        weight = parts[self.weight]
+        weight.copy_(rows[:, : weight[0].numel()].reshape(weight.shape))
+        if self.bias is not None:
+            parts[self.bias].copy_(rows[:, -1])
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ def kronecker_saliency(
             continue
         A.diagonal().add_(damping * mean)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(A)).diagonal()
-        _write_rows(parts, layer, torch.outer(layer.slopes.double(), 1.0 / inverse))
+        layer.write_rows_(parts, torch.outer(layer.slopes.double(), 1.0 / inverse))
     return stiffness * w.square()
 
 
@@ -182,14 +196,6 @@ def _finished(
     )
     parts = distance.unflatten(diagonal)
     for layer in layers:
-        _write_rows(parts, layer, torch.outer(layer.slopes, layer.inputs.diagonal()))
+        layer.write_rows_(parts, torch.outer(layer.slopes, layer.inputs.diagonal()))
     finite_vector(diagonal, "diagonal of the Gauss-Newton matrix", distance)
     return KroneckerFactors(layers, diagonal, num_draws)
-
-
-def _write_rows(parts: dict[str, Tensor], layer: LayerFactors, rows: Tensor) -> None:
-    """Write values by output and input, the bias last, where the layer's weights are."""
-    weight = parts[layer.weight]
-    weight.copy_(rows[:, : weight[0].numel()].reshape(weight.shape))
-    if layer.bias is not None:
-        parts[layer.bias].copy_(rows[:, -1])

@@ -202,8 +202,10 @@ def test_pruned_inputs_of_convolutions_are_matched_batch_by_batch():
     assert torch.equal(traces.prune(0.0, inputs="pruned").weights, traces.w)
 
 
-def slow_order(H, w):
-    M, w, left, order, losses = torch.linalg.inv(H), w.clone(), list(range(len(w))), [], []
+def slow_order(H, w, keep=0):
+    """Remove all but the last few, which answer."""
+    M, w, order, losses = torch.linalg.inv(H), w.clone(), [], []
+    left = list(range(len(w) - keep))
     while left:
         costs = w[left].square() / M.diagonal()[left]
         j = left[int(costs.argmin())]
@@ -226,6 +228,28 @@ def test_blocks_and_chunks_of_rows_change_nothing(rows_at_once):
         expected, costs = slow_order(H, W[r])
         assert order[r].tolist() == expected
         assert_close(losses[r], torch.tensor(costs, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 1, 2])
+def test_rows_with_zeros_of_their_own_are_ordered_as_each_alone(rows_at_once):
+    X = normal(90, 75) @ normal(75, 75, seed=1)
+    H = X.T @ X / 90 + 0.05 * torch.eye(75).double()
+    W = normal(5, 75, seed=2)
+    W[torch.rand(5, 75, generator=torch.Generator().manual_seed(3)) < 0.6] = 0.0
+    W[3], W[4] = 0.0, normal(75, seed=4)
+    stays = torch.zeros(5, 75, dtype=torch.bool)
+    stays[:, 7] = True
+    order, losses = removal_order(H, W, stays, rows_at_once=rows_at_once)
+    for r in range(5):
+        inside = [j for j in range(75) if W[r, j] != 0 and j != 7]
+        gone = 74 - len(inside)
+        assert order[r].sort().values.tolist() == list(range(75))
+        assert not losses[r, :gone].any() and not W[r, order[r, :gone]].any()
+        # What stays answers to the end: only its own removal is never made.
+        expected, costs = slow_order(H[[*inside, 7]][:, [*inside, 7]], W[r, [*inside, 7]], keep=1)
+        assert order[r, gone:].tolist() == [*([*inside, 7][j] for j in expected), 7]
+        assert_close(losses[r, gone:-1], torch.tensor(costs).double(), rtol=1e-7, atol=0)
+        assert losses[r, -1] == math.inf
 
 
 def test_inputs_that_know_nothing_of_each_other_go_by_size():
