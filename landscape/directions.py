@@ -136,11 +136,8 @@ def eigenvector_directions(space: Eigenspace) -> Directions:
         Böttcher & Wheeler (2024), Visualizing high-dimensional loss landscapes with Hessian
         directions.
     """
-    vectors = space.vectors.T
-    largest = vectors.abs().argmax(dim=1, keepdim=True)
-    signs = torch.where(vectors.gather(1, largest) < 0, -1.0, 1.0).to(vectors.dtype)
     return Directions(
-        vectors * signs,
+        with_fixed_signs(space.vectors.T),
         "Hessian eigenvectors",
         tuple(f"eigenvector of {value:.3g}" for value in space.values.tolist()),
         {
@@ -232,6 +229,12 @@ def orthogonalized(directions: Directions) -> Directions:
         vectors=vectors.to(directions.vectors.dtype),
         cosines_before=directions.cosines,
     )
+
+
+def with_fixed_signs(vectors: Tensor) -> Tensor:
+    """Rows with the sign that makes their entry of largest magnitude positive."""
+    largest = vectors.abs().argmax(dim=1, keepdim=True)
+    return vectors * torch.where(vectors.gather(1, largest) < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def _largest_off_diagonal(cosines: Tensor) -> float:

@@ -82,11 +82,7 @@ class BezierCurve:
     control_points: Float[Tensor, "m d"]
 
     def __post_init__(self) -> None:
-        if self.control_points.ndim != 2 or len(self.control_points) < 2:
-            raise ValueError(
-                "`control_points` must have shape [m + 1, d] with at least a start and an end, "
-                f"got {list(self.control_points.shape)}."
-            )
+        _require_points(self.control_points)
 
     @property
     def order(self) -> int:
@@ -113,6 +109,71 @@ class BezierCurve:
         if t == 1:
             return self.control_points[-1].clone()
         return self.coefficients(t).to(self.control_points) @ self.control_points
+
+
+@dataclass(frozen=True)
+class PolyChain:
+    """The polygonal chain that visits its points at t = 0, 1/m, 2/m, …, 1 on straight lines.
+
+    Differentiable in the points. Outside [0, 1] the first and the last segment go on.
+
+    Args:
+        control_points: Points P_0 to P_m, one a row, shape [m + 1, d].
+
+    Raises:
+        ValueError: If there are fewer than two points.
+
+    Example:
+        >>> import torch
+        >>> chain = PolyChain(torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, 0.0]]))
+        >>> chain(0.25)
+        tensor([0.5000, 1.0000])
+        >>> chain.coefficients(0.25).tolist()
+        [0.5, 0.5, 0.0]
+
+    References:
+        Garipov et al. (2018), Loss surfaces, mode connectivity, and fast ensembling of DNNs.
+    """
+
+    control_points: Float[Tensor, "m d"]
+
+    def __post_init__(self) -> None:
+        _require_points(self.control_points)
+
+    @property
+    def num_segments(self) -> int:
+        """Number of straight lines m."""
+        return len(self.control_points) - 1
+
+    @property
+    def size(self) -> int:
+        """Number of weights d."""
+        return self.control_points.shape[1]
+
+    def coefficients(self, t: float) -> Float64[Tensor, " m"]:
+        """Return the weights of the points, at most two not zero, which sum to one, on the CPU."""
+        place = t * self.num_segments
+        k = min(max(math.floor(place), 0), self.num_segments - 1)
+        found = torch.zeros(len(self.control_points), dtype=torch.float64)
+        found[k], found[k + 1] = k + 1 - place, place - k
+        return found
+
+    def __call__(self, t: float) -> Float[Tensor, " d"]:
+        """Return the weights at t, in the type of the points."""
+        place = t * self.num_segments
+        k = min(max(math.floor(place), 0), self.num_segments - 1)
+        start, end = self.control_points[k], self.control_points[k + 1]
+        if place == k:  # the points themselves are met exactly
+            return start.clone()
+        return end.clone() if place == k + 1 else torch.lerp(start, end, place - k)
+
+
+def _require_points(points: Tensor) -> None:
+    if points.ndim != 2 or len(points) < 2:
+        raise ValueError(
+            "`control_points` must have shape [m + 1, d] with at least a start and an end, "
+            f"got {list(points.shape)}."
+        )
 
 
 def _require_alike(start: Tensor, end: Tensor) -> None:

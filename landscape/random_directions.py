@@ -124,7 +124,7 @@ def _scale_(part: Tensor, own: Tensor, normalization: str, groups: int | None) -
         _match_(part, own, every)
     elif normalization == "filter" and groups is None:
         _match_(part, own, every[1:])
-    elif normalization == "filter":
+    elif normalization == "filter" and groups is not None:
         # A transposed convolution keeps its inputs first: [groups · in, out, ...].
         shape = groups, len(part) // groups, *part.shape[1:]
         _match_(part.view(shape), own.view(shape), (1, *range(3, part.ndim + 1)))

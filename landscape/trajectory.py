@@ -59,13 +59,64 @@ def project_trajectory(
         >>> found.coordinates, found.residuals
         (tensor([[1., 1.]], dtype=torch.float64), tensor([4.], dtype=torch.float64))
     """
-    coordinates, _ = _least_squares(points, basis, center)
-    residuals = torch.zeros(len(points), dtype=torch.float64)
-    distances = torch.zeros(len(points), dtype=torch.float64)
-    for D, B in _blocks(points, basis, center):
-        distances += D.square().sum(dim=1).cpu()
-        residuals += (D - coordinates.to(D) @ B.T).square().sum(dim=1).cpu()
-    return Trajectory(coordinates, residuals.sqrt(), distances.sqrt())
+    return Projector(basis, center)(points)
+
+
+class Projector:
+    """What `project_trajectory` does, for points that come one after the other.
+
+    The Gram matrix is computed once, so that a point costs k inner products.
+
+    Args:
+        basis: One direction a column, shape [d, k].
+        center: The point with coordinates 0, shape [d].
+
+    Raises:
+        ValueError: If the basis is close to dependent, has a column that is zero or not finite, or
+            another length than the center.
+
+    Example:
+        >>> import torch
+        >>> seen = Projector(torch.tensor([[2.0], [0.0]]), torch.zeros(2))
+        >>> seen(torch.tensor([[3.0, 1.0]])).coordinates
+        tensor([[1.5000]], dtype=torch.float64)
+    """
+
+    def __init__(self, basis: Float[Tensor, "e k"], center: Float[Tensor, " d"]) -> None:
+        if len(basis) != len(center):
+            raise ValueError(
+                f"`basis` must have one row for each of the {len(center)} weights of `center`, got "
+                f"{len(basis)}. Directions of another model or selection do not fit."
+            )
+        self.basis, self.center = basis, center
+        self._lengths, self._scaled = _scaled_gram(basis)
+
+    def __call__(self, points: Float[Tensor, "t d"]) -> Trajectory:
+        """Return the coordinates of some points, one a row.
+
+        Raises:
+            ValueError: If the points have another length than the center.
+        """
+        coordinates, _ = self.solve(points)
+        residuals = torch.zeros(len(points), dtype=torch.float64)
+        distances = torch.zeros(len(points), dtype=torch.float64)
+        for D, B in _blocks(points, self.basis, self.center):
+            distances += D.square().sum(dim=1).cpu()
+            residuals += (D - coordinates.to(D) @ B.T).square().sum(dim=1).cpu()
+        return Trajectory(coordinates, residuals.sqrt(), distances.sqrt())
+
+    def solve(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return coordinates of points, [t, k], and inner products with the basis, on the CPU."""
+        if points.shape[1:] != self.center.shape:
+            raise ValueError(
+                f"`points` must hold one point of {len(self.center)} weights a row, got shape "
+                f"{list(points.shape)}."
+            )
+        products = torch.zeros(len(points), self.basis.shape[1], dtype=torch.float64)
+        for D, B in _blocks(points, self.basis, self.center):
+            products += (D @ B).cpu()
+        scaled = torch.linalg.solve(self._scaled, (products / self._lengths).T).T
+        return scaled / self._lengths, products
 
 
 def share_in_subspace(delta: Float[Tensor, " d"], basis: Float[Tensor, "d k"]) -> float:
@@ -96,7 +147,7 @@ def share_in_subspace(delta: Float[Tensor, " d"], basis: Float[Tensor, "d k"]) -
     size = float(delta.to(torch.float64).norm())
     if size == 0:
         raise ValueError("`delta` must not be zero: a share of nothing is undefined.")
-    coordinates, products = _least_squares(delta[None], basis, torch.zeros_like(delta))
+    coordinates, products = Projector(basis, torch.zeros_like(delta)).solve(delta[None])
     # δᵀB (BᵀB)⁻¹ Bᵀδ: no cancellation, also for a tiny share.
     return min(math.sqrt(max(float((coordinates * products).sum()), 0.0)) / size, 1.0)
 
@@ -156,14 +207,12 @@ def random_share_interval(k: int, d: int, *, level: float = 0.95) -> tuple[float
     return math.sqrt(squared.ppf((1 - level) / 2)), math.sqrt(squared.ppf((1 + level) / 2))
 
 
-def _least_squares(points: Tensor, basis: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates of the points, [t, k], and their inner products with the basis, on the CPU."""
-    k = basis.shape[1]
-    gram = torch.zeros(k, k, dtype=torch.float64)
-    products = torch.zeros(len(points), k, dtype=torch.float64)
-    for D, B in _blocks(points, basis, center):
+def _scaled_gram(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths of the columns, and their Gram matrix after scaling them to one, on the CPU."""
+    gram = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64)
+    for start in range(0, len(basis), BLOCK):
+        B = basis[start : start + BLOCK].to(torch.float64)
         gram += (B.T @ B).cpu()
-        products += (D @ B).cpu()
     lengths = gram.diagonal().sqrt()
     for j, length in enumerate(lengths.tolist()):
         if not (length > 0 and math.isfinite(length)):
@@ -177,7 +226,7 @@ def _least_squares(points: Tensor, basis: Tensor, center: Tensor) -> tuple[Tenso
             "`basis` must have independent columns, but their Gram matrix has condition number "
             f"{condition:.3g}, above {MAX_CONDITION:.0e}. Leave out a direction."
         )
-    return torch.linalg.solve(scaled, (products / lengths).T).T / lengths, products
+    return lengths, scaled
 
 
 def _blocks(points: Tensor, basis: Tensor, center: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

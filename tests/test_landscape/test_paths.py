@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from landscape import BezierCurve, Line
+from landscape import BezierCurve, Line, PolyChain
 
 INSIDE = [0.0, 1e-9, 0.1, 0.3, 0.5, 0.8, 1.0]
 TS = [-0.7, *INSIDE, 1.3]
@@ -105,3 +105,43 @@ def test_ends_of_different_type_say_so():
 def test_one_control_point_is_too_few():
     with pytest.raises(ValueError, match=r"`control_points` must have shape .* got \[1, 3\]"):
         BezierCurve(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("segments", [1, 2, 3, 4, 8])
+def test_chain_visits_its_points_exactly_and_runs_straight_between(dtype, segments):
+    points = random_points(segments + 1, dtype=dtype)
+    chain = PolyChain(points)
+    assert chain.num_segments == segments
+    for k in range(segments + 1):
+        assert torch.equal(chain(k / segments), points[k])
+    for k in range(segments):
+        middle = (points[k] + points[k + 1]) / 2
+        torch.testing.assert_close(chain((k + 0.5) / segments), middle)
+
+
+@pytest.mark.parametrize("t", TS)
+def test_chain_is_the_sum_of_its_hats(t):
+    """Weights max(0, 1 − |t m − k|), and the line through the last two points outside [0, 1]."""
+    points = random_points(4)
+    chain = PolyChain(points)
+    if 0 <= t <= 1:
+        hats = torch.tensor([max(0.0, 1 - abs(3 * t - k)) for k in range(4)], dtype=torch.float64)
+        torch.testing.assert_close(chain.coefficients(t), hats)
+    torch.testing.assert_close(chain(t), chain.coefficients(t) @ points)
+    assert float(chain.coefficients(t).sum()) == pytest.approx(1)
+    ends = points[:2] if t < 0 else points[2:]
+    if not 0 <= t <= 1:
+        expected = Line(*ends)(3 * t if t < 0 else 3 * t - 2)
+        torch.testing.assert_close(chain(t), expected)
+
+
+def test_chain_of_two_points_is_the_line():
+    start, end = random_points(2)
+    for t in TS:
+        assert torch.equal(PolyChain(torch.stack([start, end]))(t), Line(start, end)(t))
+
+
+def test_a_chain_of_one_point_is_refused():
+    with pytest.raises(ValueError, match=r"`control_points` must have shape \[m \+ 1, d\]"):
+        PolyChain(torch.zeros(1, 3))

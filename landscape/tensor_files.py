@@ -1,0 +1,38 @@
+"""Tensors with JSON metadata in safetensors files that appear whole or not at all."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hessian.atomic import write_atomically
+from hessian.storage import DamagedFileError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write tensors, and a JSON value for every key of the metadata; every bit is kept."""
+    data = save(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+        {key: json.dumps(value) for key, value in metadata.items()},
+    )
+    return write_atomically(path, data)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote; tensors are on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DamagedFileError: If it is no safetensors file, or cut short.
+    """
+    data = path.read_bytes()
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        return tensors, {key: json.loads(value) for key, value in header.items()}
+    except Exception as error:  # safetensors and json each have their own
+        raise DamagedFileError(f"{path} is damaged ({error}). Remove it.") from error
