@@ -43,6 +43,8 @@ class Plan:
     choices: tuple[str, ...]
     """Rows of the plan that chooses: settings between bars."""
     calibration: int
+    calibration_batch: int = 2_000
+    """Of them in a forward pass: convolutions are fastest with few."""
     sparsities: tuple[float, ...] = SPARSITIES
     seeds: tuple[int, ...] = SEEDS
 
@@ -55,6 +57,7 @@ class Plan:
             self.sparsities,
             CHOOSING_SEEDS if choosing else self.seeds,
             self.calibration,
+            self.calibration_batch,
         )
 
 
@@ -77,38 +80,76 @@ BASELINES = (
     "obc:allocation=uniform",
     "obc",
     "obc:allocation=relative,inputs=pruned",
-    "woodfisher",
+    "woodfisher:stages=4",
 )
-DIRECTIONAL = ("soft-threshold", "dp-projector:k=100", "dp-filter", "path:k=100")
+DIRECTIONAL = (
+    "soft-threshold",
+    "dp-projector:k=100",
+    "dp-filter",
+    "dp-transport",
+    "path:k=100",
+)
+TRAININGS = ("grda", "gradual-magnitude")
 PLANS = {
     # At most 700 products.
     "lenet-300-100": Plan(
         MLP,
         (
-            "krylov:temperature=4",
-            "krylov:temperature=1",
-            "eigenspace:k=100",
+            "krylov:temperature=4,preconditioner=rows,stages=24,products=25",
+            "krylov:temperature=4,saliency=kronecker",
+            "eigenspace:k=100,tol=0.1,max_products=130,stages=8",
             *BASELINES,
             *DIRECTIONAL,
+            *TRAININGS,
         ),
+        # One thing after the other: temperature, damping, stages, preconditioner, saliency.
         (
-            "krylov:temperature=1|2|4|8",
-            "krylov:temperature=4,damping=0.1|0.3|1.0",
-            "krylov:temperature=4,preconditioner=none|diagonal|rows",
+            "krylov:temperature=1,saliency=kronecker",
+            "krylov:temperature=2,saliency=kronecker",
+            "krylov:temperature=4,saliency=kronecker",
+            "krylov:temperature=8,saliency=kronecker",
+            "krylov:temperature=4,damping=0.03,saliency=kronecker",
+            "krylov:temperature=4,damping=0.1,saliency=kronecker",
+            "krylov:temperature=4,damping=1.0,saliency=kronecker",
+            "krylov:temperature=4,stages=24,products=25,saliency=kronecker",
+            "krylov:temperature=4,stages=48,products=13,saliency=kronecker",
+            "krylov:temperature=4,preconditioner=rows,saliency=kronecker",
+            "krylov:temperature=4,saliency=magnitude",
+            "krylov:temperature=4,saliency=diagonal",
+            "krylov:temperature=4",
+            "krylov:temperature=4,preconditioner=rows",
+            "krylov:temperature=4,stages=24,products=25",
+            "krylov:temperature=4,preconditioner=rows,stages=24,products=25",
+            "krylov:temperature=4,preconditioner=rows,stages=24,products=25,damping=1.0",
         ),
         10_000,
     ),
-    # At most 250 products.
+    # At most 10,000 products.
+    "lenet-300-100-push": Plan(
+        MLP,
+        ("krylov:temperature=4,preconditioner=rows,stages=100,products=90",),
+        (),
+        10_000,
+        sparsities=(0.98, 0.99),
+    ),
+    # At most 250 products. The settings are those chosen for LeNet-300-100.
     "lenet-5": Plan(
         replace(MLP, model="lenet-5", lr=0.05, epochs=4, channels_last=True),
-        ("krylov:temperature=4,products=17", "eigenspace:k=20,max_products=100", *BASELINES),
-        ("krylov:products=17,temperature=1|2|4|8",),
+        (
+            "krylov:temperature=4,preconditioner=rows,products=17",
+            *BASELINES,
+        ),
+        (),
         3_000,
+        250,
     ),
     "lenet-300-100-cifar10": Plan(
         replace(MLP, data="pruning_tables:grey_cifar10"),
-        ("krylov:temperature=4", "eigenspace:k=100", *BASELINES),
-        ("krylov:temperature=1|2|4|8",),
+        (
+            "krylov:temperature=4,preconditioner=rows,stages=24,products=25",
+            *BASELINES,
+        ),
+        (),
         10_000,
     ),
     "resnet20": Plan(
@@ -123,9 +164,10 @@ PLANS = {
             augment="crop-flip",
             channels_last=True,
         ),
-        ("krylov:temperature=4,products=17", *BASELINES),
-        ("krylov:products=17,temperature=1|2|4|8",),
-        2_000,
+        ("krylov:temperature=4,preconditioner=rows,products=12,stages=6", *BASELINES),
+        (),
+        500,
+        100,
         (0.8, 0.9, 0.95),
         (0, 1),
     ),
@@ -183,6 +225,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
     for plan in arguments.plans:
+        if arguments.choose and not PLANS[plan].choices:
+            continue
         name = f"choose-{plan}" if arguments.choose else plan
         run_plan(name, PLANS[plan].config(choosing=arguments.choose), arguments.workers)
 
