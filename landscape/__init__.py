@@ -1,7 +1,8 @@
 """The ground between solutions: paths, planes and trajectories, evaluated and drawn."""
 
+from landscape.alignment import Alignment, align
 from landscape.barrier import Barrier, Excess, barrier
-from landscape.connect import ConnectedCurve, train_bezier
+from landscape.connect import ConnectedCurve, train_bezier, train_curve
 from landscape.directions import (
     Directions,
     difference_directions,
@@ -10,12 +11,22 @@ from landscape.directions import (
 )
 from landscape.evaluate import BatchNormWarning, Evaluation, evaluate, zero_one_loss
 from landscape.figures import plot_profile, plot_share, plot_trajectory
-from landscape.paths import BezierCurve, Line, Path
+from landscape.paths import BezierCurve, Line, Path, PolyChain
+from landscape.pca import PrincipalComponents, principal_components
+from landscape.permutations import Permutations
 from landscape.plane_figure import plot_plane
 from landscape.planes import Plane, grid
 from landscape.random_directions import random_directions
+from landscape.recorder import (
+    RecordedPoints,
+    RecordedTrajectory,
+    Recorder,
+    read_points,
+    read_trajectory,
+)
 from landscape.saving import save_figure
 from landscape.trajectory import (
+    Projector,
     Trajectory,
     project_trajectory,
     random_share,
@@ -24,6 +35,7 @@ from landscape.trajectory import (
 )
 
 __all__ = [
+    "Alignment",
     "Barrier",
     "BatchNormWarning",
     "BezierCurve",
@@ -33,8 +45,16 @@ __all__ = [
     "Excess",
     "Line",
     "Path",
+    "Permutations",
     "Plane",
+    "PolyChain",
+    "PrincipalComponents",
+    "Projector",
+    "RecordedPoints",
+    "RecordedTrajectory",
+    "Recorder",
     "Trajectory",
+    "align",
     "barrier",
     "difference_directions",
     "eigenvector_directions",
@@ -45,12 +65,16 @@ __all__ = [
     "plot_profile",
     "plot_share",
     "plot_trajectory",
+    "principal_components",
     "project_trajectory",
     "random_directions",
     "random_share",
     "random_share_interval",
+    "read_points",
+    "read_trajectory",
     "save_figure",
     "share_in_subspace",
     "train_bezier",
+    "train_curve",
     "zero_one_loss",
 ]
