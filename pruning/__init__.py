@@ -10,7 +10,7 @@ from pruning.directional import (
     lambda_for_sparsity,
     soft_threshold,
 )
-from pruning.directional_path import PathPruned, directional_path
+from pruning.directional_path import PathPruned, directional_path, directional_paths
 from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
 from pruning.keep_zeros import KeptZeros, keep_zeros
@@ -57,6 +57,7 @@ __all__ = [
     "WoodFisherPruned",
     "compensated_prune",
     "directional_path",
+    "directional_paths",
     "directional_prune",
     "directional_scores",
     "first_clip",

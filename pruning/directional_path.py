@@ -2,7 +2,9 @@
 
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -93,40 +95,69 @@ def directional_path(
         tensor([1.0000, 0.0000, 0.5000])
     """
     _check(w, eigenspace, sparsity, lam, batch, ridge)
-    if not eigenspace.converged:
-        warnings.warn(
-            "The eigenspace did not converge: its largest residual is "
-            f"{float(eigenspace.residuals.max()):.3g}, so directions count as flat that are not. "
-            "Raise `max_products` or `tol` of `leading_eigenspace`.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+    _warn_of(eigenspace)
     path = _Path(w, eigenspace, ridge)
     goal = math.inf if lam is None else lam
-    wanted = len(w) if sparsity is None else wanted_zeros(sparsity, len(w))
-    while path.lam < goal and path.zeros < wanted:
-        if not path.advance(min(batch, wanted - path.zeros), goal) and sparsity is not None:
-            raise ValueError(
-                f"`sparsity` must be at most {path.zeros / len(w):.4f}, where no weight on the "
-                f"path shrinks any more, got {sparsity}. Take fewer eigenpairs "
-                f"(`eigenspace.first(k)` with k below {len(eigenspace.values)}), or a `ridge`."
-            )
-    move = path.u - w
-    along = row_dots([eigenspace.vectors.T], move)
-    predicted = float(0.5 * (eigenspace.values.to(along) * along.square()).sum())
-    measured = math.nan if objective is None else objective.loss(path.u) - objective.loss(w)
-    mask = path.u != 0
-    return PathPruned(
-        path.u,
-        mask,
-        1.0 - int(mask.sum()) / len(w),
-        path.lam,
-        path.num_events,
-        predicted,
-        measured,
-        eigenspace.num_products,
-        eigenspace.converged,
-    )
+    path.follow(len(w) if sparsity is None else wanted_zeros(sparsity, len(w)), goal, batch)
+    if sparsity is not None:
+        path.require(sparsity)
+    return path.result(w, eigenspace, objective)
+
+
+def directional_paths(
+    w: Float[Tensor, " d"],
+    eigenspace: Eigenspace,
+    sparsities: Sequence[float],
+    *,
+    batch: int = 1,
+    ridge: float = 0.0,
+    objective: Objective | None = None,
+) -> Iterator[PathPruned]:
+    """Yield the weights of one directional path where it passes sparsities.
+
+    The price of the last one buys all. With ``batch`` = 1 each is what ``directional_path`` finds
+    by itself; else the stops renew the direction once more.
+
+    Args:
+        w: Weights at the minimum, shape [d]. Zeros stay zero.
+        eigenspace: The sharp directions V and their eigenvalues.
+        sparsities: Shares of zeros, increasing, as ``directional_path`` takes one.
+        batch: The same as there.
+        ridge: The same as there.
+        objective: The same as there.
+
+    Raises:
+        ValueError: As ``directional_path``, or if there are no sparsities or they do not increase.
+            One that cannot be reached raises after those before it were yielded.
+
+    Warns:
+        ConvergenceWarning: If the eigenspace did not converge.
+
+    Example:
+        >>> import torch
+        >>> from hessian import Operator, leading_eigenspace
+        >>> H = Operator.from_matrix(torch.diag(torch.tensor([4.0, 0.0, 0.0])))
+        >>> space = leading_eigenspace(H, k=1)
+        >>> found = directional_paths(torch.tensor([1.0, -1.0, 2.0]), space, [0.3, 0.6])
+        >>> [pruned.weights.tolist() for pruned in found]
+        [[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    for sparsity in sparsities:
+        _check(w, eigenspace, sparsity, None, batch, ridge)
+    wanted = [wanted_zeros(sparsity, len(w)) for sparsity in sparsities]
+    if not sparsities or any(b <= a for a, b in pairwise(sparsities)):
+        listed = ", ".join(f"{share:g}" for share in sparsities) or "none"
+        raise ValueError(f"`sparsities` must be one or more that increase, got {listed}.")
+    _warn_of(eigenspace)
+
+    def walk() -> Iterator[PathPruned]:
+        path = _Path(w, eigenspace, ridge)
+        for sparsity, zeros in zip(sparsities, wanted, strict=True):
+            path.follow(zeros, math.inf, batch)
+            path.require(sparsity)
+            yield path.result(w, eigenspace, objective)
+
+    return walk()
 
 
 class _Path:
@@ -150,6 +181,39 @@ class _Path:
             self._pull += rows.T @ self.sign[begin : begin + CHUNK].double()
         self._still = STILL * torch.finfo(w.dtype).eps
         self._refresh()
+
+    def follow(self, wanted: int, goal: float, batch: int) -> None:
+        """Go on until so many weights are zero, to λ = goal, or until all stand still."""
+        while self.lam < goal and self.zeros < wanted:
+            if not self.advance(min(batch, wanted - self.zeros), goal):
+                return
+
+    def require(self, sparsity: float) -> None:
+        """Refuse a sparsity that the path did not reach."""
+        if self.zeros < wanted_zeros(sparsity, len(self.u)):
+            raise ValueError(
+                f"`sparsity` must be at most {self.zeros / len(self.u):.4f}, where no weight on "
+                f"the path shrinks any more, got {sparsity}. Take fewer eigenpairs "
+                f"(`eigenspace.first(k)` with k below {self._V.shape[1]}), or a `ridge`."
+            )
+
+    def result(self, w: Tensor, space: Eigenspace, objective: Objective | None) -> PathPruned:
+        """Return where the path is, and what it came to since w."""
+        along = row_dots([space.vectors.T], self.u - w)
+        predicted = float(0.5 * (space.values.to(along) * along.square()).sum())
+        measured = math.nan if objective is None else objective.loss(self.u) - objective.loss(w)
+        mask = self.u != 0
+        return PathPruned(
+            self.u,
+            mask,
+            1.0 - int(mask.sum()) / len(w),
+            self.lam,
+            self.num_events,
+            predicted,
+            measured,
+            space.num_products,
+            space.converged,
+        )
 
     def advance(self, count: int, goal: float) -> bool:
         """Go on until ``count`` weights more are zero, or to λ = goal; false if all stand still."""
@@ -192,6 +256,17 @@ class _Path:
         eye = torch.eye(len(self._D), dtype=torch.float64, device=self._D.device)
         self._inverse = torch.linalg.pinv(
             self._gram + self._ridge * eye, rtol=SINGULAR, hermitian=True
+        )
+
+
+def _warn_of(space: Eigenspace) -> None:
+    if not space.converged:
+        warnings.warn(
+            "The eigenspace did not converge: its largest residual is "
+            f"{float(space.residuals.max()):.3g}, so directions count as flat that are not. "
+            "Raise `max_products` or `tol` of `leading_eigenspace`.",
+            ConvergenceWarning,
+            stacklevel=3,
         )
 
 

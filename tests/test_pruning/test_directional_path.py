@@ -5,7 +5,13 @@ import torch
 from torch.testing import assert_close
 
 from hessian import ConvergenceWarning, Eigenspace, Objective, Operator, leading_eigenspace
-from pruning import directional_path, directional_prune, directional_scores, first_clip
+from pruning import (
+    directional_path,
+    directional_paths,
+    directional_prune,
+    directional_scores,
+    first_clip,
+)
 
 D, K = 30, 6
 
@@ -114,6 +120,41 @@ def test_zeros_stay_and_signs_are_kept():
     alive = result.mask
     assert torch.all(result.weights[alive].sign() == w[alive].sign())
     assert_close(result.weights, by_definition(w, space, zeros=30)[0])
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.7])
+def test_one_path_passes_all_sparsities_where_single_ones_end(ridge):
+    w, space = valley()
+    sparsities = [0.1, 0.35, 0.4, 0.7]
+    found = list(directional_paths(w, space, sparsities, ridge=ridge))
+    for sparsity, stop in zip(sparsities, found, strict=True):
+        alone = directional_path(w, space, sparsity=sparsity, ridge=ridge)
+        assert torch.equal(stop.weights, alone.weights)
+        assert torch.equal(stop.mask, alone.mask)
+        for name in ("lam", "sparsity", "num_events", "predicted_change", "num_products"):
+            assert getattr(stop, name) == getattr(alone, name)
+
+
+def test_stops_on_the_way_meet_their_counts_in_batches_too():
+    w, space = valley(d=400)
+    found = list(directional_paths(w, space, [0.101, 0.5, 0.505], batch=7))
+    assert [int((stop.weights == 0).sum()) for stop in found] == [41, 200, 202]
+    exact = directional_path(w, space, sparsity=0.505).weights
+    assert float((found[-1].weights - exact).norm() / (exact - w).norm()) < 0.05
+
+
+def test_a_sparsity_out_of_reach_comes_after_those_before_it():
+    w, space = valley(d=10, k=6)
+    stops = directional_paths(w, space, [0.2, 0.9])
+    assert next(stops).sparsity == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="Take fewer eigenpairs"):
+        next(stops)
+
+
+@pytest.mark.parametrize("sparsities", [[], [0.5, 0.5], [0.5, 0.2]])
+def test_sparsities_that_do_not_increase_are_refused_at_the_door(sparsities):
+    with pytest.raises(ValueError, match="`sparsities` must be one or more that increase"):
+        directional_paths(*valley(), sparsities)
 
 
 def test_path_ends_where_the_sharp_directions_fix_every_weight():
