@@ -19,6 +19,7 @@ from flatvalley.train_config import TrainConfig
 from flatvalley.train_data import Part, TrainData, load_train_data
 from flatvalley.trainees import Criterion
 from flatvalley.training import model_factory
+from flatvalley.transport_replay import TransportReplay
 from flatvalley.user_code import describe, load_weights_
 from hessian import NonFiniteError
 from hessian.finiteness import all_finite
@@ -55,6 +56,8 @@ class DenseNetwork:
     """Calibration samples: drawn from those trained on, as they are without augmentation."""
     training_time: float | None
     """Steps times learning rate, where the training is known."""
+    replay: TransportReplay | None
+    """The training itself, where it is known."""
 
     @property
     def kind(self) -> Kind:
@@ -80,6 +83,7 @@ class DenseNetwork:
             exclude,
             allocation,
             self.training_time,
+            self.replay,
         )
 
     def with_weights(self, w: Float[Tensor, " d"], *, recalibrate: bool) -> nn.Module:
@@ -176,6 +180,7 @@ def load_dense(
         data,
         batches,
         None if trained is None else _training_time(config, trained, found),
+        None if trained is None else TransportReplay(_alone(config, trained)),
     )
 
 
@@ -203,6 +208,12 @@ def _try_out(model: nn.Module, criterion: Criterion, batch: Batch, config: Train
             f"shape {list(x.shape[1:])}, but that raised {describe(error)}."
         ) from error
     return y.ndim == 1 and not y.is_floating_point() and isinstance(out, Tensor) and out.ndim == 2
+
+
+def _alone(config: TrainConfig, run: Spec) -> TrainConfig:
+    """The training without the runs beside this one, which change nothing in it."""
+    texts = zip(config.runs, config.specs, strict=True)
+    return replace(config, runs=tuple(text for text, spec in texts if spec == run)[:1])
 
 
 def _training_time(config: TrainConfig, run: Spec, num_samples: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flatvalley.pruning_methods import METHODS, Method
 from flatvalley.pruning_problem import PrunedAt, PruningProblem
-from flatvalley.pruning_runs import EIGENSPACE
+from flatvalley.pruning_runs import EIGENSPACE, require_replay
 from flatvalley.specs import Spec, parse_spec
 from pruning.allocation import prunable
 
@@ -36,10 +36,13 @@ class Pruner:
         """See that the method can do what the problem asks for.
 
         Raises:
-            ValueError: If it cannot, a pattern matches no parameter, or there are fewer weights
-                than eigenpairs that it takes.
+            ValueError: If it cannot, a pattern matches no parameter, there are fewer weights
+                than eigenpairs that it takes, or it needs a training that is not known or not
+                covered.
         """
         prunable(problem.w, problem.objective, problem.exclude)  # refuses what matches nothing
+        if self.method.replays:
+            require_replay(problem)
         allocates = problem.allocation is not None
         for name, asked in (("exclude", bool(problem.exclude)), ("allocation", allocates)):
             if asked and name not in self.method.takes:

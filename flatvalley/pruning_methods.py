@@ -7,6 +7,7 @@ from typing import get_args
 
 from flatvalley import pruning_runs as runs
 from flatvalley.pruning_runs import Run, Settings, known, solver_settings
+from flatvalley.transport_replay import require_mu
 from pruning import EigenspaceSolver, KrylovSolver
 from pruning.wanda import Per
 from pruning.woodfisher import Update
@@ -28,6 +29,8 @@ class Method:
     """What it can do of ``exclude`` and ``allocation``."""
     check: Callable[[Settings], object] = dict
     """Raises ValueError for settings that are out of range."""
+    replays: bool = False
+    """Whether it makes the training of the network once more."""
 
 
 def _checked(
@@ -56,6 +59,10 @@ def _eigen_check(settings: Settings) -> None:
     _positive(settings, "k", "tol", "max_products", "batch", "mu", "time")
     if not 0.0 <= settings.get("ridge", 0.0) < math.inf:
         raise ValueError(f"`ridge` must be finite and not negative, got {settings['ridge']}.")
+
+
+def _transport_check(settings: Settings) -> None:
+    require_mu(settings.get("mu", 0.6))
 
 
 def _baseline_check(settings: Settings) -> None:
@@ -151,6 +158,15 @@ METHODS: Mapping[str, Method] = {
         labels=_labels,
         takes=_EXCLUDE,
         check=_eigen_check,
+    ),
+    "dp-transport": Method(
+        "DP, transport",
+        {"mu": float},
+        runs.scored(runs.transport_scores),
+        calibrates=False,
+        takes=_EXCLUDE,
+        check=_transport_check,
+        replays=True,
     ),
     "path": Method(
         "directional path",

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flatvalley.trainees import Criterion
+from flatvalley.transport_replay import TransportReplay
 from hessian import Eigenspace, Objective, hessian_operator, leading_eigenspace
 from pruning import DenseDistance
 from pruning.allocation import Allocation
@@ -62,6 +63,8 @@ class PruningProblem:
         exclude: Glob patterns of parameters that stay as many as they are.
         allocation: Who competes with whom for the zeros; None for each method's own default.
         training_time: Steps times learning rate of the training, if that is known.
+        replay: The training itself, if it can be made once more.
+        progress: Called with steps done and in all while it is.
 
     Example:
         >>> import torch
@@ -78,6 +81,8 @@ class PruningProblem:
     exclude: tuple[str, ...] = ()
     allocation: Allocation | None = None
     training_time: float | None = None
+    replay: TransportReplay | None = None
+    progress: Callable[[int, int], None] | None = None
     _kept: dict[tuple[object, ...], tuple[Eigenspace, float]] = field(
         default_factory=dict, repr=False, compare=False
     )

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatvalley.pruning_problem import Clock, PrunedAt, PruningProblem
+from flatvalley.transport_replay import OTHERS
 from hessian import hessian_operator
 from pruning import (
     EigenspaceSolver,
@@ -16,7 +17,7 @@ from pruning import (
     Pruned,
     Scores,
     compensated_prune,
-    directional_path,
+    directional_paths,
     directional_prune,
     directional_scores,
     flat_response,
@@ -132,7 +133,17 @@ def obc(
         yield PrunedAt(sparsity, found.weights, 0, 0, clock.seconds)
 
 
-def scored(scores: Callable[[PruningProblem, Settings], tuple[Scores, float]]) -> Run:
+@dataclass(frozen=True)
+class Scored:
+    """Scores, and what they cost beside their products and the time they were waited for."""
+
+    scores: Scores
+    seconds: float = 0.0
+    """Of what was computed before."""
+    gradients: int = 0
+
+
+def scored(scores: Callable[[PruningProblem, Settings], Scored]) -> Run:
     """Make a run of directional pruning with scores, which are computed once."""
 
     def run(
@@ -140,27 +151,28 @@ def scored(scores: Callable[[PruningProblem, Settings], tuple[Scores, float]]) -
     ) -> Iterator[PrunedAt]:
         clock = Clock(problem.w.device)
         with clock.running():
-            found, before = scores(problem, settings)
-            s = found.values.clone()
+            cost = scores(problem, settings)
+            s = cost.scores.values.clone()
             # A weight whose score is 0 stays as it is.
             s[~prunable(problem.w, problem.objective, problem.exclude)] = 0.0
-            found = Scores(s, found.form, found.error, found.num_products, found.lowest_eigenvalue)
+            found = replace(cost.scores, values=s)
         for sparsity in sparsities:
             with clock.running():
                 lam = lambda_for_sparsity(problem.w, found, sparsity)
                 weights = directional_prune(problem.w, found, lam).weights
-            yield PrunedAt(sparsity, weights, found.num_products, 0, before + clock.seconds)
+            seconds = cost.seconds + clock.seconds
+            yield PrunedAt(sparsity, weights, found.num_products, cost.gradients, seconds)
 
     return run
 
 
-def projector_scores(problem: PruningProblem, settings: Settings) -> tuple[Scores, float]:
-    """Return the scores that the sharpest directions give, and their seconds."""
+def projector_scores(problem: PruningProblem, settings: Settings) -> Scored:
+    """Return the scores that the sharpest directions give."""
     space, seconds = problem.eigenspace(**(EIGENSPACE | dict(settings)))
-    return directional_scores(problem.w, space), seconds
+    return Scored(directional_scores(problem.w, space), seconds)
 
 
-def filter_scores(problem: PruningProblem, settings: Settings) -> tuple[Scores, float]:
+def filter_scores(problem: PruningProblem, settings: Settings) -> Scored:
     """Return the scores of a soft projector, for the time that the training had."""
     time = settings.get("time", problem.training_time)
     if time is None:
@@ -171,32 +183,52 @@ def filter_scores(problem: PruningProblem, settings: Settings) -> tuple[Scores, 
     H = hessian_operator(problem.objective, problem.w)
     response = flat_response(mu=settings.get("mu", 0.6), t=time)
     budget = {key: settings[key] for key in ("tol", "max_products") if key in settings}
-    return directional_scores(problem.w, H, response=response, **budget), 0.0
+    return Scored(directional_scores(problem.w, H, response=response, **budget))
 
 
-def even_scores(problem: PruningProblem, settings: Settings) -> tuple[Scores, float]:
+def transport_scores(problem: PruningProblem, settings: Settings) -> Scored:
+    """Return the scores that the training gives when it is made once more."""
+    require_replay(problem)
+    assert problem.replay is not None
+    replayed = problem.replay.run(problem.w, mu=settings.get("mu", 0.6), progress=problem.progress)
+    return Scored(replayed.scores, gradients=replayed.num_steps)
+
+
+def require_replay(problem: PruningProblem) -> None:
+    """See that there is a training that transport scores can be had of.
+
+    Raises:
+        ValueError: If none is known, or it is not by plain SGD.
+    """
+    if problem.replay is None:
+        raise ValueError(
+            "`method` dp-transport needs the training of the network, which it makes once more and "
+            f"which is not known here. Use {OTHERS}, or prune the folder of a `flatvalley train` "
+            "run."
+        )
+    problem.replay.require()
+
+
+def even_scores(problem: PruningProblem, settings: Settings) -> Scored:
     """All directions count as flat."""
-    return Scores(torch.ones_like(problem.w), "projector", 0.0, 0, math.nan), 0.0
+    return Scored(Scores(torch.ones_like(problem.w), "projector", 0.0, 0, math.nan))
 
 
 def path(
     problem: PruningProblem, sparsities: Sequence[float], settings: Settings
 ) -> Iterator[PrunedAt]:
-    """Yield the ends of directional paths."""
+    """Yield one directional path where it passes the sparsities."""
     eigen = {key: settings.get(key, value) for key, value in EIGENSPACE.items()}
-    space, seconds = problem.eigenspace(**eigen)
+    space, before = problem.eigenspace(**eigen)
     batch = settings.get("batch", max(1, len(problem.w) // PATH_EVENTS))
+    ridge = settings.get("ridge", 0.0)
+    clock = Clock(problem.w.device, before)
+    with clock.running():
+        stops = directional_paths(problem.w, space, sparsities, batch=batch, ridge=ridge)
     for sparsity in sparsities:
-        clock = Clock(problem.w.device)
         with clock.running():
-            found = directional_path(
-                problem.w,
-                space,
-                sparsity=sparsity,
-                batch=batch,
-                ridge=settings.get("ridge", 0.0),
-            )
-        yield PrunedAt(sparsity, found.weights, space.num_products, 0, seconds + clock.seconds)
+            found = next(stops)
+        yield PrunedAt(sparsity, found.weights, space.num_products, 0, clock.seconds)
 
 
 def staged(prune: Callable[..., object]) -> Run:

@@ -133,9 +133,12 @@ def _pruned(
     """Every sparsity up to the first one that the method refuses."""
     points: list[dict[str, Any]] = []
     refused = None
+    chosen = pruner(text, "methods")
+    if chosen.method.replays:  # minutes before the first sparsity
+        problem = replace(problem, progress=progress)
     with noted() as notes:
         try:
-            for result in pruner(text, "methods").prune(problem, config.sparsities):
+            for result in chosen.prune(problem, config.sparsities):
                 measured = _measured(dense, result.weights, recalibrate=config.recalibrate)
                 points.append(
                     {

@@ -21,6 +21,7 @@ COLORS = {
     "path": "#009E73",
     "dp-projector": "#44AA99",
     "dp-filter": "#117733",
+    "dp-transport": "#999933",
     "soft-threshold": "#999999",
     "magnitude": "#000000",
     "random": "#999999",

@@ -20,7 +20,7 @@ SEES = {
     "nothing": "no samples",
     "inputs": "inputs",
     "labels": "inputs, labels",
-    "training": "trains anew",
+    "training": "the training",
 }
 """What a row looks at, for the reader."""
 
@@ -232,8 +232,8 @@ def _cost_table(findings: CompareFindings) -> Table:
         "What it cost",
         "For the highest sparsity that was reached, mean over seeds; of a staged method, its whole "
         "run. Products are with a matrix of second derivatives; gradients are of "
-        "single samples, and of batches for rows that train. Seconds of the processor (of the wall "
-        "on a GPU, and for rows that train) depend on the machine.",
+        "single samples, and of batches where a training is made or replayed. Seconds of the "
+        "processor (of the wall on a GPU, and for rows that train) depend on the machine.",
         ["method", "sees", "products", "gradients", "seconds"],
         rows,
     )

@@ -27,7 +27,7 @@ class Row:
     """Whether weights are trained on the way, by as many steps as the dense network's."""
     title: str
     sees: str
-    """What it looks at: ``"nothing"``, ``"inputs"``, ``"labels"`` or ``"training"``."""
+    """What it looks at: ``"nothing"``, ``"inputs"``, ``"labels"`` or ``"training"``, all of it."""
 
     @property
     def label(self) -> str:
@@ -69,6 +69,7 @@ def parse_row(text: str) -> Row:
         title = method.title
         labels = any(found.labels for found in pruners)
         sees = "labels" if labels else "inputs" if method.calibrates else "nothing"
+        sees = "training" if method.replays else sees
     else:
         known = ", ".join([*METHODS, *TRAININGS])
         raise ValueError(f'`methods` must begin with one of {known}, got "{text}".')

@@ -177,6 +177,8 @@ def _methods_text(findings: PruneFindings) -> list[str]:
             f"It saw {findings.num_samples:,} training samples, "
             f"{'with' if config.pruner.labels else 'without'} their labels."
         )
+    elif method.replays:
+        seen = "It made the training once more, with all that was seen in it."
     else:
         seen = "It saw no samples."
     texts = [
