@@ -93,6 +93,6 @@ class FlatWeights:
             for place in self._names[name]
         }
 
-    def _constants(self) -> dict[str, Tensor]:
+    def constants(self) -> dict[str, Tensor]:
         """Return what the loss depends on beside the weights: other parameters, and buffers."""
         return {**self._others, **dict(self.model.named_buffers())}

@@ -227,7 +227,7 @@ class Objective(FlatWeights):
 
     def fixed_state(self) -> FixedState:
         """Return a watch on what the loss depends on beside w: other weights, and buffers."""
-        return FixedState(self._constants())
+        return FixedState(self.constants())
 
     def reduce_(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place, and return it; they call it together."""
@@ -345,8 +345,9 @@ class Objective(FlatWeights):
         values = self._in_all_places(weights) | self._buffers
         return functional_call(self.model, values, *inputs, tie_weights=False)
 
-    def _constants(self) -> dict[str, Tensor]:
-        return super()._constants() | self._buffers
+    def constants(self) -> dict[str, Tensor]:
+        """Return what the loss depends on beside the weights: other parameters, and buffers."""
+        return super().constants() | self._buffers
 
     def _begin(self, w: Tensor) -> Tensor:
         """Check what may have changed since the last call: the vector, the model's mode."""

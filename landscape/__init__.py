@@ -2,6 +2,7 @@
 
 from landscape.alignment import Alignment, align
 from landscape.barrier import Barrier, Excess, barrier
+from landscape.batch_norm import BatchNorm
 from landscape.connect import ConnectedCurve, train_bezier, train_curve
 from landscape.directions import (
     Directions,
@@ -9,13 +10,14 @@ from landscape.directions import (
     eigenvector_directions,
     orthogonalized,
 )
-from landscape.evaluate import BatchNormWarning, Evaluation, evaluate, zero_one_loss
+from landscape.evaluate import BatchNormWarning, evaluate, sweep
 from landscape.figures import plot_profile, plot_share, plot_trajectory
 from landscape.paths import BezierCurve, Line, Path, PolyChain
 from landscape.pca import PrincipalComponents, principal_components
 from landscape.permutations import Permutations
 from landscape.plane_figure import plot_plane
 from landscape.planes import Plane, grid
+from landscape.plans import Plan
 from landscape.random_directions import random_directions
 from landscape.recorder import (
     RecordedPoints,
@@ -24,6 +26,7 @@ from landscape.recorder import (
     read_points,
     read_trajectory,
 )
+from landscape.records import Evaluation, Sweep, load_sweep, save_sweep
 from landscape.saving import save_figure
 from landscape.trajectory import (
     Projector,
@@ -33,10 +36,12 @@ from landscape.trajectory import (
     random_share_interval,
     share_in_subspace,
 )
+from landscape.zero_one import zero_one_loss
 
 __all__ = [
     "Alignment",
     "Barrier",
+    "BatchNorm",
     "BatchNormWarning",
     "BezierCurve",
     "ConnectedCurve",
@@ -46,6 +51,7 @@ __all__ = [
     "Line",
     "Path",
     "Permutations",
+    "Plan",
     "Plane",
     "PolyChain",
     "PrincipalComponents",
@@ -53,6 +59,7 @@ __all__ = [
     "RecordedPoints",
     "RecordedTrajectory",
     "Recorder",
+    "Sweep",
     "Trajectory",
     "align",
     "barrier",
@@ -60,6 +67,7 @@ __all__ = [
     "eigenvector_directions",
     "evaluate",
     "grid",
+    "load_sweep",
     "orthogonalized",
     "plot_plane",
     "plot_profile",
@@ -73,7 +81,9 @@ __all__ = [
     "read_points",
     "read_trajectory",
     "save_figure",
+    "save_sweep",
     "share_in_subspace",
+    "sweep",
     "train_bezier",
     "train_curve",
     "zero_one_loss",

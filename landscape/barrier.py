@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hessian.objective import Objective
-from landscape.evaluate import Evaluation, Progress, evaluate
+from landscape.evaluate import Progress, evaluate
 from landscape.paths import Path
+from landscape.records import Evaluation
 
 
 @dataclass(frozen=True)

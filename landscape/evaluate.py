@@ -1,82 +1,42 @@
-"""The loss at every point of a path or plane, with what its error bars need."""
+"""The loss, and whatever else is asked for, at every point of a path or plane."""
 
+import json
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path as FilePath
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
+from torch import distributed as dist
 
-from hessian.errors import NonFiniteError
-from hessian.loss_statistics import LossStatistics
+from hessian.batch_statistics import batch_norm_layers
+from hessian.determinism import require_fixed_modules
+from hessian.distributed import Ranks
 from hessian.objective import Objective
+from landscape.batch_norm import BatchNorm, BatchNormKind, as_batch_norm
+from landscape.combinations import describe_path
 from landscape.paths import Path
 from landscape.planes import Plane
+from landscape.plans import Plan, Speed, choose_plan
+from landscape.point_meter import PER_SAMPLE, Metric, PointMeter, require_metrics
+from landscape.records import Evaluation, Sweep
+from landscape.shards import Shards, identity
+from landscape.spread import Progress as Progress
+from landscape.spread import Recipe, measure_all, threads
 
-Progress: TypeAlias = Callable[[int, int], object]
-"""Called as ``progress(done, total)``."""
+PROBE_SAMPLES = 2048
+TOLERANCE = {torch.float64: 1e-10}
+"""Largest relative difference of a loss from the plain way, by type; 1e-5 for others."""
+MESSAGE = 1024
+"""Bytes in which a plan is told to other ranks."""
 
 
 class BatchNormWarning(UserWarning):
     """Running statistics of one model are used at points far from that model."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Losses of the samples at every point, as count, sum and sum of squares.
-
-    Args:
-        points: Values of t, shape [m], or coordinates in a plane, shape [..., 2].
-        count: Number of samples at every point, shape [m] or [...].
-        total: Sum of their losses; NaN where the loss is not finite.
-        total_squares: Sum of their squared losses; NaN where the loss is not finite.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-
-    Example:
-        >>> import torch
-        >>> t, n = torch.tensor([0.0, 1.0]).double(), torch.tensor([4.0, 4.0]).double()
-        >>> Evaluation(t, n, 2 * n, 5 * n).standard_error
-        tensor([0.5774, 0.5774], dtype=torch.float64)
-    """
-
-    points: Float64[Tensor, "..."]
-    count: Float64[Tensor, "*shape"]
-    total: Float64[Tensor, "*shape"]
-    total_squares: Float64[Tensor, "*shape"]
-
-    def __post_init__(self) -> None:
-        along_path = self.points.ndim == 1 and self.count.shape == self.points.shape
-        in_plane = self.points.shape == (*self.count.shape, 2)
-        if not (along_path or in_plane):
-            raise ValueError(
-                "`points` must have shape [m] or [..., 2] with one entry of `count` a point, got "
-                f"{list(self.points.shape)} and {list(self.count.shape)}."
-            )
-
-    @property
-    def mean(self) -> Float64[Tensor, "*shape"]:
-        """The loss: the mean over samples."""
-        return self.total / self.count
-
-    @property
-    def standard_error(self) -> Float64[Tensor, "*shape"]:
-        """Standard error of every mean, the samples taken as independent; NaN for one sample.
-
-        All points share their samples, so the difference of two points is known better than
-        this; `barrier` has the paired error.
-        """
-        spread = (self.total_squares - self.total**2 / self.count).clamp(min=0)
-        error = torch.sqrt(spread / (self.count - 1) / self.count)
-        return torch.where(self.count < 2, torch.nan, error)
-
-    @property
-    def num_nonfinite(self) -> int:
-        """Number of points at which the loss is NaN or infinite."""
-        return int((~torch.isfinite(self.mean)).sum())
 
 
 def evaluate(
@@ -84,30 +44,52 @@ def evaluate(
     path: Path | Plane,
     ts: Sequence[float] | Float[Tensor, "..."],
     *,
+    batch_norm: BatchNorm | BatchNormKind = "recompute",
+    speed: Speed | Plan = "auto",
+    precision: Literal["full", "bfloat16"] = "full",
+    folder: str | FilePath | None = None,
+    workers: int = 1,
+    group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate the loss at every point of a path or plane.
 
-    A point where the loss is NaN or infinite is kept as NaN and counted, never replaced. For the
-    error rate instead of the loss, pass an objective with `zero_one_loss` as its criterion.
+    A point where the loss is NaN or infinite is kept as NaN and counted, never replaced. For other
+    metrics or several objectives at once, see `sweep`, which this is the short form of.
 
     Args:
         objective: The loss L.
         path: A map from t to weights, or a plane.
         ts: Values of t, shape [m], or coordinates [..., 2] in a plane, e.g. from `grid`. Any
             order, any spacing. Every point costs one forward pass over the data.
-        progress: Called with the points done and their number after every point.
+        batch_norm: What batch norm normalises by at a point, see `BatchNorm`.
+        speed: ``"auto"`` tries ways that are faster, where the work is long enough, and takes
+            those that are and that agree with the plain way to 1e-5 (1e-10 in float64) at three
+            points. ``"plain"`` takes the objective's batches in order. A `Plan`, e.g. from the
+            provenance of another evaluation, is followed.
+        precision: ``"bfloat16"`` runs forward passes for loss and error under autocast; how far
+            that moves the loss is measured and recorded.
+        folder: Keeps finished points. The same call goes on where a killed one stopped, and gives
+            the same bits. Remove it once the result is safe.
+        workers: Processes that share the points, on a CPU. Each gets a copy of model and data.
+            Scripts need ``if __name__ == "__main__":``.
+        group: Ranks that share the points, each with the same objective, built without a group;
+            all get the result.
+        progress: Called with the points done and their number after every point; with several
+            processes after every few.
 
     Returns:
         Sums of losses and squared losses, with the points in the order given.
 
     Raises:
-        ValueError: If ``ts`` has the wrong shape, or is empty.
+        ValueError: If ``ts`` has the wrong shape, or is empty; if an option is not known or does
+            not fit; if the folder holds points of something else.
+        RuntimeError: If a worker process dies.
 
     Warns:
-        BatchNormWarning: If the model normalises by running statistics. They belong to the
-            model's own weights; away from those, at other ends too, the loss is that of another
-            function.
+        BatchNormWarning: If the model normalises by running statistics and ``batch_norm`` is
+            ``"frozen"``. They belong to the model's own weights; away from those, at other ends
+            too, the loss is that of another function.
 
     Example:
         >>> import torch
@@ -118,47 +100,108 @@ def evaluate(
         >>> evaluate(objective, line, [0.0, 0.5, 1.0]).mean
         tensor([0., 1., 4.], dtype=torch.float64)
     """
-    points = torch.as_tensor(ts, dtype=torch.float64, device="cpu").detach()
-    _require_points(points, isinstance(path, Plane))
-    warn_about_batch_norm(objective)
-    rows = points.reshape(-1, 2) if isinstance(path, Plane) else points
-    sums = torch.empty(len(rows), 3, dtype=torch.float64)
-    for i, row in enumerate(rows):
-        w = path(row) if isinstance(path, Plane) else path(float(row))
-        found = _statistics(objective, w)
-        sums[i, 0], sums[i, 1], sums[i, 2] = found.count, found.total, found.total_squares
-        if progress is not None:
-            progress(i + 1, len(rows))
-    shape = points.shape[:-1] if isinstance(path, Plane) else points.shape
-    count, total, squares = (column.reshape(shape) for column in sums.unbind(dim=1))
-    return Evaluation(points, count, total, squares)
+    found = sweep(
+        objective,
+        path,
+        ts,
+        batch_norm=batch_norm,
+        speed=speed,
+        precision=precision,
+        folder=folder,
+        workers=workers,
+        group=group,
+        progress=progress,
+    )
+    return found["objective", "loss"]
 
 
-def zero_one_loss(output: Float[Tensor, "n c *rest"], target: Tensor) -> Float[Tensor, "n *rest"]:
-    """Return 1 where the largest output is not the target class, 0 where it is.
+def sweep(
+    objectives: Objective | Mapping[str, Objective],
+    path: Path | Plane,
+    ts: Sequence[float] | Float[Tensor, "..."],
+    *,
+    metrics: Sequence[Metric] = ("loss",),
+    batch_norm: BatchNorm | BatchNormKind = "recompute",
+    speed: Speed | Plan = "auto",
+    precision: Literal["full", "bfloat16"] = "full",
+    folder: str | FilePath | None = None,
+    workers: int = 1,
+    group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Measure several metrics of several objectives at every point of a path or plane.
+
+    ``"loss"`` and ``"error"`` (the 0-1 loss of class scores) come from one forward pass over the
+    data and have count, sum and sum of squares over samples. ``"gradient_norm"`` costs a gradient
+    more; ``"top_eigenvalue"`` and ``"bottom_eigenvalue"``, the ends of the spectrum of the Hessian
+    at the point, some 20 to 60 Hessian-vector products, to a relative residual of 1e-3: take few
+    points and few samples. These three are single numbers, of count 1.
 
     Args:
-        output: Scores of c classes, shape [n, c] or [n, c, ...].
-        target: Class indices, shape [n] or [n, ...].
+        objectives: One, which is called ``"objective"``, or several by name, such as train and
+            test, of one model and one selection of weights. Running statistics are gathered from
+            the first.
+        path: A map from t to weights, or a plane.
+        ts: Values of t, shape [m], or coordinates [..., 2] in a plane.
+        metrics: Of every objective.
+        batch_norm: As in `evaluate`.
+        speed: As in `evaluate`.
+        precision: As in `evaluate`.
+        folder: As in `evaluate`.
+        workers: As in `evaluate`.
+        group: As in `evaluate`.
+        progress: As in `evaluate`.
 
     Returns:
-        One value a sample (and position), in the type of the output.
+        One `Evaluation` for each objective and metric.
 
     Raises:
-        ValueError: If target does not hold one class index a sample.
+        ValueError: As `evaluate`; if objectives differ in model or weights, or a metric is not
+            known.
+        RuntimeError: If a worker process dies.
+
+    Warns:
+        BatchNormWarning: As `evaluate`.
 
     Example:
         >>> import torch
-        >>> zero_one_loss(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1]))
-        tensor([0., 1.])
+        >>> from landscape.paths import Line
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = Objective(model, torch.nn.MSELoss(), (torch.ones(2, 1), torch.zeros(2, 1)))
+        >>> line = Line(torch.tensor([0.0]), torch.tensor([2.0]))
+        >>> found = sweep(objective, line, [0.0, 0.5, 1.0], metrics=("loss", "gradient_norm"))
+        >>> found["objective", "gradient_norm"].mean
+        tensor([0., 2., 4.], dtype=torch.float64)
     """
-    predicted = output.argmax(dim=1)
-    if predicted.shape != target.shape or target.is_floating_point():
-        raise ValueError(
-            f"`target` must hold class indices of shape {list(predicted.shape)} for output of "
-            f"shape {list(output.shape)}, got {target.dtype} of shape {list(target.shape)}."
+    named = {"objective": objectives} if isinstance(objectives, Objective) else dict(objectives)
+    points = torch.as_tensor(ts, dtype=torch.float64, device="cpu").detach()
+    in_plane = isinstance(path, Plane)
+    _require_points(points, in_plane)
+    first = _require_alike(named)
+    chosen = require_metrics(metrics)
+    policy = as_batch_norm(batch_norm)
+    _require_options(named, chosen, policy, workers, group)
+    for objective in named.values():
+        require_fixed_modules(objective.model)
+    if policy.kind == "frozen":
+        warn_about_batch_norm(first)
+    rows = points.reshape(-1, 2) if in_plane else points
+    recipe = {"objectives": named, "path": path, "metrics": chosen, "policy": policy}
+    ranks = Ranks(group, first.device)
+    kept = FilePath(folder) if folder is not None else None
+    about = identity(named, path, rows, chosen, policy, precision) if kept is not None else {}
+    shards = Shards(kept, about)
+    base = Plan(precision=_require_precision(precision), threads=_threads(workers))
+    plan = _agreed(ranks, lambda: _plan(recipe, rows, speed, base, shards))
+    shards.begin(plan.as_json())
+    with threads(plan.threads):
+        sums = measure_all(
+            recipe | {"plan": plan}, rows, shards, workers=workers, ranks=ranks, progress=progress
         )
-    return (predicted != target).to(output.dtype)
+    shape = points.shape[:-1] if in_plane else points.shape
+    columns = tuple((name, metric) for name in named for metric in chosen)
+    table = sums.permute(1, 2, 0).reshape(len(columns), 3, *shape)
+    return Sweep(points, columns, table, _provenance(named, path, policy, plan))
 
 
 def warn_about_batch_norm(objective: Objective) -> None:
@@ -179,11 +222,127 @@ def warn_about_batch_norm(objective: Objective) -> None:
         )
 
 
-def _statistics(objective: Objective, w: Tensor) -> LossStatistics:
-    try:
-        return objective.statistics(w)
-    except NonFiniteError:
-        return LossStatistics(objective.num_samples, torch.nan, torch.nan)
+def _plan(recipe: Recipe, rows: Tensor, speed: Speed | Plan, base: Plan, shards: Shards) -> Plan:
+    """The plan that a folder holds, or the one wished for, or the best."""
+    if shards.plan is not None:
+        kept = Plan.from_json(shards.plan)
+        wanted = replace(speed, deviation=kept.deviation) if isinstance(speed, Plan) else None
+        if wanted not in (None, kept) or (speed == "plain" and kept.batch_size is not None):
+            raise ValueError(
+                f"`speed` must be what the points in `folder` were evaluated with, {kept}, got "
+                f"{speed}. Leave it out, or choose another folder."
+            )
+        return kept
+    plain = speed == "plain" or any(o.ranks.size > 1 for o in recipe["objectives"].values())
+    if plain and base.precision == "full":
+        return replace(base, deviation=0.0)
+    if not any(metric in PER_SAMPLE for metric in recipe["metrics"]):
+        return base
+    probes = rows[[0, len(rows) // 2, -1]]
+    quick = tuple(metric for metric in recipe["metrics"] if metric in PER_SAMPLE)
+
+    def make_probe(plan: Plan) -> Callable[[], list[float]]:
+        meter = PointMeter(**{**recipe, "metrics": quick, "plan": plan, "limit": PROBE_SAMPLES})
+        return lambda: [float(meter.measure(p)[0, 1]) for p in probes]
+
+    most = max(o.num_samples for o in recipe["objectives"].values())
+    first = next(iter(recipe["objectives"].values()))
+    with threads(base.threads):
+        return choose_plan(
+            make_probe,
+            first.model,
+            base,
+            fixed=speed if isinstance(speed, Plan) else base if plain else None,
+            work=len(rows) * max(1.0, most / PROBE_SAMPLES),
+            tolerance=TOLERANCE.get(first.dtype, 1e-5),
+        )
+
+
+def _agreed(ranks: Ranks, choose: Callable[[], Plan]) -> Plan:
+    """The plan that rank 0 chose."""
+    if ranks.size == 1:
+        return choose()
+    sent = b""
+    with ranks.in_step():
+        if ranks.rank == 0:
+            sent = json.dumps(choose().as_json()).encode()
+    table = ranks.gather(list(sent.ljust(MESSAGE)))
+    return Plan.from_json(json.loads(bytes(int(x) for x in table[0])))
+
+
+def _provenance(
+    objectives: Mapping[str, Objective], path: Path | Plane, policy: BatchNorm, plan: Plan
+) -> dict[str, Any]:
+    first = next(iter(objectives.values()))
+    normalises = bool(batch_norm_layers(first.model))
+    return {
+        "batch norm": policy.words if normalises else "none in the model",
+        "samples": {name: objective.num_samples for name, objective in objectives.items()},
+        "type": str(first.dtype),
+        "device": first.device.type,
+        "path": describe_path(path),
+        "plan": plan.as_json(),
+        "versions": {"flatvalley": version("flatvalley"), "torch": str(torch.__version__)},
+    }
+
+
+def _threads(workers: int) -> int:
+    return max(1, torch.get_num_threads() // workers)
+
+
+def _require_precision(precision: str) -> Literal["full", "bfloat16"]:
+    if precision not in ("full", "bfloat16"):
+        raise ValueError(f'`precision` must be "full" or "bfloat16", got "{precision}".')
+    return precision  # type: ignore[return-value]
+
+
+def _require_alike(objectives: Mapping[str, Objective]) -> Objective:
+    if not objectives:
+        raise ValueError("`objectives` must hold at least one objective, got none.")
+    first = next(iter(objectives.values()))
+    for name, objective in objectives.items():
+        if objective.model is not first.model or objective.shapes != first.shapes:
+            raise ValueError(
+                "`objectives` must share one model and one selection of weights, but "
+                f'"{name}" has others. Build them all with the same `model` and `parameters`.'
+            )
+    return first
+
+
+def _require_options(
+    objectives: Mapping[str, Objective],
+    metrics: Sequence[Metric],
+    policy: BatchNorm,
+    workers: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    first = next(iter(objectives.values()))
+    shared = any(objective.ranks.size > 1 for objective in objectives.values())
+    normalises = bool(batch_norm_layers(first.model))
+    if workers < 1:
+        raise ValueError(f"`workers` must be at least 1, got {workers}.")
+    if workers > 1 and (first.device.type != "cpu" or shared or group is not None):
+        raise ValueError(
+            "`workers` must be 1 for a model on a GPU, or with ranks, got "
+            f"{workers}. Share the points over ranks with `group`, one a GPU."
+        )
+    if group is not None and shared:
+        raise ValueError(
+            "`group` shares the points, but the objective's own group shares the data. Build it "
+            "without a group."
+        )
+    if shared and ("error" in metrics or (normalises and policy.kind != "frozen")):
+        raise ValueError(
+            "`objectives` that share their data over ranks have a loss and its derivatives with "
+            'frozen batch norm, got `metrics` with "error" or `batch_norm` '
+            f'"{policy.kind}". Build them without a group, and pass it to this call.'
+        )
+    others = [metric for metric in metrics if metric not in PER_SAMPLE]
+    if normalises and policy.kind == "batch" and others:
+        raise ValueError(
+            f'`metrics` must be loss or error with `batch_norm="batch"`, got "{others[0]}": the '
+            'loss is then no sum over samples. Take "recompute".'
+        )
 
 
 def _require_points(points: Tensor, in_plane: bool) -> None:

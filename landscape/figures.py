@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from landscape.evaluate import Evaluation
 from landscape.figure_style import (
     MARKERS,
     legend_above,
@@ -19,6 +18,7 @@ from landscape.figure_style import (
     require_some,
     to_numpy,
 )
+from landscape.records import Evaluation
 from landscape.trajectory import Trajectory, random_share, random_share_interval
 
 
@@ -49,7 +49,7 @@ def plot_profile(
 
     Example:
         >>> import torch
-        >>> from landscape.evaluate import Evaluation
+        >>> from landscape.records import Evaluation
         >>> t = torch.linspace(0, 1, 5).double()
         >>> n = torch.full((5,), 9.0).double()
         >>> plot_profile({"line": Evaluation(t, n, n * t, 2 * n)}).get_xlabel()

@@ -99,7 +99,7 @@ def test_one_sample_has_no_standard_error(formula_objective):
 def test_batch_norm_is_warned_about_here(batch_norm_objective):
     w = batch_norm_objective.weights()
     with pytest.warns(BatchNormWarning, match="running statistics in `1`"):
-        barrier(batch_norm_objective, Line(w, 2 * w), num_points=3)
+        barrier(batch_norm_objective, Line(w, 2 * w), num_points=3, batch_norm="frozen")
 
 
 def test_progress_and_too_few_points(formula_objective, wells):

@@ -124,10 +124,10 @@ def test_equal_losses_have_standard_error_zero():
     assert found.standard_error.tolist() == pytest.approx([0, 0], abs=1e-9)
 
 
-def test_batch_norm_is_warned_about_once(batch_norm_objective):
+def test_frozen_batch_norm_is_warned_about_once(batch_norm_objective):
     w = batch_norm_objective.weights()
     with pytest.warns(BatchNormWarning, match="running statistics in `1`") as caught:
-        evaluate(batch_norm_objective, Line(w, 2 * w), [0.0, 0.5, 1.0])
+        evaluate(batch_norm_objective, Line(w, 2 * w), [0.0, 0.5, 1.0], batch_norm="frozen")
     assert len(caught) == 1
 
 

@@ -1,0 +1,144 @@
+"""How points are evaluated: what was tried, what won, and how far it is from the plain way."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+Speed = Literal["auto", "plain"]
+
+WORTHWHILE_SECONDS = 4.0
+WORTHWHILE_POINTS = 200.0
+"""Work below these is done the plain way: choosing would cost more than it saves."""
+BATCH_SIZES = (64, 256, 1024)
+REDUCED_TOLERANCE = 0.05
+"""The same beside a reduced precision, which moves losses by itself."""
+GAIN = 0.95
+"""A way is taken if it takes at most this part of the time of the best so far."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How points are evaluated. The default is the plain way: the objective's batches, in order.
+
+    The same plan gives the same bits, however the points are spread over processes.
+
+    Args:
+        batch_size: Samples in a batch; None: as the objective has them.
+        channels_last: Whether images and kernels lie in memory with the channels last.
+        reuse_first_layer: Whether the first layer's outputs are combined from those at the origin
+            and along the directions, which is exact but for rounding.
+        precision: ``"bfloat16"`` runs the forward passes for loss and error under autocast.
+        threads: Threads within an operation; 0: as torch is set.
+        deviation: Largest relative difference of the loss from the plain way on the probe points;
+            NaN if it was not measured.
+    """
+
+    batch_size: int | None = None
+    channels_last: bool = False
+    reuse_first_layer: bool = False
+    precision: Literal["full", "bfloat16"] = "full"
+    threads: int = 0
+    deviation: float = math.nan
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        found = asdict(self)
+        return found | {"deviation": None if math.isnan(self.deviation) else self.deviation}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Plan":
+        """Return the plan that ``as_json`` wrote."""
+        deviation = values["deviation"]
+        return cls(**values | {"deviation": math.nan if deviation is None else deviation})
+
+
+Probe = Callable[[], Sequence[float]]
+"""Returns losses at the probe points."""
+
+
+class UnsuitableError(Exception):
+    """A plan that does not fit the model, the data or the path."""
+
+
+def choose_plan(
+    make_probe: Callable[[Plan], Probe],
+    model: nn.Module,
+    base: Plan,
+    *,
+    fixed: Plan | None,
+    work: float,
+    tolerance: float,
+) -> Plan:
+    """Return the fastest plan whose losses at the probe points agree with the plain way.
+
+    Args:
+        make_probe: Prepares a plan.
+        model: Whose layers decide what is worth trying.
+        base: The plain way in the wanted precision.
+        fixed: A plan to take without comparison; its deviation is measured.
+        work: Points to evaluate, in units of one probe point.
+        tolerance: Largest relative difference of a loss that is accepted.
+
+    Raises:
+        ValueError: If the fixed plan does not fit.
+    """
+    if fixed is None and base.precision == "full" and work < WORTHWHILE_POINTS:
+        return replace(base, deviation=0.0)
+    plain = make_probe(replace(base, precision="full"))
+    truth = plain()
+    if fixed is not None:
+        try:
+            found = make_probe(fixed)()
+        except UnsuitableError as error:
+            raise ValueError(
+                f"`speed` must be a plan that fits the model, the data and the path, got {fixed}."
+            ) from error
+        return replace(fixed, deviation=relative_deviation(found, truth))
+    best, best_time = replace(base, deviation=0.0), _seconds(plain)
+    if base.precision != "full":
+        probe = make_probe(base)
+        best = replace(base, deviation=relative_deviation(probe(), truth))
+        best_time, tolerance = _seconds(probe), REDUCED_TOLERANCE
+    if best_time / len(truth) * work < WORTHWHILE_SECONDS:
+        return best
+
+    def consider(plan: Plan) -> None:
+        nonlocal best, best_time
+        try:
+            probe = make_probe(plan)
+        except UnsuitableError:
+            return
+        deviation = relative_deviation(probe(), truth)
+        if deviation <= tolerance:
+            seconds = _seconds(probe)
+            if seconds <= GAIN * best_time:
+                best, best_time = replace(plan, deviation=deviation), seconds
+
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        consider(replace(best, channels_last=True))
+    consider(replace(best, reuse_first_layer=True))
+    for batch_size in BATCH_SIZES:
+        consider(replace(best, batch_size=batch_size))
+    return best
+
+
+def relative_deviation(found: Sequence[float], truth: Sequence[float]) -> float:
+    """Return the largest relative difference; NaN if one loss is finite where the other is not."""
+    worst = 0.0
+    for a, b in zip(found, truth, strict=True):
+        if math.isfinite(a) != math.isfinite(b):
+            return math.nan
+        if math.isfinite(a) and a != b:
+            worst = max(worst, abs(a - b) / max(abs(a), abs(b)))
+    return worst
+
+
+def _seconds(probe: Probe) -> float:
+    """Wall-clock time of one run, after one that warmed up."""
+    began = time.perf_counter()
+    probe()
+    return time.perf_counter() - began

@@ -1,0 +1,359 @@
+"""Every metric of every objective at one point after the other, through one flat buffer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from hessian.batches import Batch, batch_length, first_samples, map_tensors
+from hessian.eigensolvers import leading_eigenspace
+from hessian.errors import NonFiniteError
+from hessian.objective import Objective
+from hessian.precision import in_precision
+from hessian.products import hessian_operator
+from landscape.batch_norm import BatchNorm, PointStatistics
+from landscape.combinations import as_combination, write_weights_
+from landscape.first_layer import (
+    REUSE_BYTES,
+    FirstLayer,
+    ReusedOutputs,
+    bytes_per_sample,
+    find_first_layer,
+)
+from landscape.paths import Path
+from landscape.planes import Plane
+from landscape.plans import Plan, UnsuitableError
+from landscape.resident import ResidentData
+from landscape.zero_one import zero_one_loss
+
+Metric: TypeAlias = Literal["loss", "error", "gradient_norm", "top_eigenvalue", "bottom_eigenvalue"]
+
+PER_SAMPLE: tuple[Metric, ...] = ("loss", "error")
+EIGENVALUE_TOL = 1e-3
+"""An eigenvalue at a point is for a map in colours."""
+EIGENVALUE_PRODUCTS = 300
+
+
+class PointMeter:
+    """Measures points of a path or plane. Memory: one flat vector beyond model, path and data.
+
+    Kernels in channels-last order take their part of a second one, and reused outputs of the first
+    layer what `ReusedOutputs` says.
+
+    Args:
+        objectives: By name; all of one model and one selection of weights.
+        path: Where the points lie.
+        metrics: What is measured of every objective.
+        policy: What batch norm normalises by.
+        plan: How it is done.
+        limit: Most samples of each objective, for a trial; sums are then over those.
+
+    Raises:
+        UnsuitableError: If the plan does not fit the model or the path.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        path: Path | Plane,
+        metrics: Sequence[Metric],
+        policy: BatchNorm,
+        plan: Plan,
+        *,
+        limit: int | None = None,
+    ) -> None:
+        first = next(iter(objectives.values()))
+        self._path, self._metrics = path, tuple(metrics)
+        self._combination = as_combination(path)
+        self._statistics = PointStatistics(policy, first)
+        buffers = self._statistics.buffers
+        self._objectives = {
+            name: objective.with_buffers(buffers) if buffers else objective
+            for name, objective in objectives.items()
+        }
+        for v in () if self._combination is None else self._combination.vectors:
+            first.require_vector(v, "w")
+        self._w = torch.empty(first.size, dtype=first.dtype, device=first.device)
+        self._views = first.unflatten(self._w)
+        self._kernels = self._channels_last_kernels() if plan.channels_last else {}
+        self._weights = {**self._views, **self._kernels}
+        layer = self._first_layer(first) if plan.reuse_first_layer else None
+        self._data = {
+            name: _PreparedData(self, objective, plan, layer, limit)
+            for name, objective in self._objectives.items()
+            if objective.ranks.size == 1
+        }
+        samples = self._statistics.samples
+        self._normalisers = (
+            _PreparedBatches(self, in_precision(self._with_buffers(first), plan.precision))
+            if samples
+            else None
+        )
+        if self._normalisers is not None:
+            self._normalisers.take(samples, plan, layer, sum(map(batch_length, samples)))
+
+    @property
+    def columns(self) -> list[tuple[str, Metric]]:
+        """What `measure` returns, row by row."""
+        return [(name, metric) for name in self._objectives for metric in self._metrics]
+
+    def measure(self, point: Tensor) -> Tensor:
+        """Return count, sum and sum of squares of every column, shape [columns, 3], float64.
+
+        A number that is not one of samples counts once. What is not finite is NaN.
+        """
+        self._move_to(point)
+        rows: list[Tensor] = []
+        for name, objective in self._objectives.items():
+            found: dict[str, Tensor] = {}
+            if objective.ranks.size > 1:
+                found["loss"] = self._shared_loss(objective)
+            elif any(metric in PER_SAMPLE for metric in self._metrics):
+                found |= self._of_samples(name, objective)
+            if any(metric not in PER_SAMPLE for metric in self._metrics):
+                found |= self._of_derivatives(objective)
+            rows += [found[metric] for metric in self._metrics]
+        table = torch.stack(rows)
+        broken = ~torch.isfinite(table).all(dim=1)
+        table[broken, 1:] = torch.nan
+        return table
+
+    def sample_losses(self, point: Tensor) -> dict[str, Tensor]:
+        """Return every sample's loss at a point, in the order of the data, float64 on the CPU."""
+        self._move_to(point)
+        found = {}
+        for name, objective in self._objectives.items():
+            if objective.ranks.size > 1:
+                found[name] = objective.sample_losses(self._w).cpu()
+                continue
+            with self._statistics.forward_mode(), torch.no_grad():
+                parts = [
+                    objective.sample_losses_from_output(output, batch).to(torch.float64)
+                    for output, batch in self._data[name].outputs()
+                ]
+            found[name] = torch.cat(parts).cpu() * _scale(objective)
+        return found
+
+    def _move_to(self, point: Tensor) -> None:
+        if self._combination is None:
+            w = self._path(float(point))
+            next(iter(self._objectives.values())).require_vector(w, "w")
+            self._w.copy_(w)
+            coefficients = None
+        else:
+            write_weights_(self._w, self._path, self._combination, point)
+            coefficients = self._combination.coefficients(point)
+        for name, kernel in self._kernels.items():
+            kernel.copy_(self._views[name])
+        for data in [*self._data.values(), *([self._normalisers] if self._normalisers else [])]:
+            data.move_to(coefficients)
+        self._statistics.begin_(float(point) if point.ndim == 0 else None)
+        if self._normalisers is not None:
+            with self._statistics.gathering() as gathering:
+                for _ in self._normalisers.outputs(before=gathering.next_batch):
+                    pass
+
+    def _of_samples(self, name: str, objective: Objective) -> dict[str, Tensor]:
+        """Loss and error from one forward pass."""
+        sums: dict[str, list[Tensor]] = {
+            metric: [] for metric in PER_SAMPLE if metric in self._metrics
+        }
+        with self._statistics.forward_mode(), torch.no_grad():
+            for output, batch in self._data[name].outputs():
+                for metric, parts in sums.items():
+                    values = (
+                        objective.sample_losses_from_output(output, batch)
+                        if metric == "loss"
+                        else _errors(output, batch)
+                    ).to(torch.float64)
+                    parts.append(torch.stack([values.sum(), values.square().sum()]))
+        found = {}
+        for metric, parts in sums.items():
+            total = torch.stack(parts).sum(dim=0).cpu()
+            scale = _scale(objective) if metric == "loss" else 1.0
+            total = total * torch.tensor([scale, scale**2], dtype=torch.float64)
+            found[metric] = torch.cat([total.new_tensor([objective.num_samples]), total])
+        return found
+
+    def _shared_loss(self, objective: Objective) -> Tensor:
+        """The loss of an objective whose batches are spread over ranks."""
+        try:
+            found = objective.statistics(self._w)
+            numbers = [found.count, found.total, found.total_squares]
+        except NonFiniteError:
+            numbers = [objective.num_samples, torch.nan, torch.nan]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    def _of_derivatives(self, objective: Objective) -> dict[str, Tensor]:
+        found: dict[str, float] = {}
+        wanted = [m for m in self._metrics if m not in PER_SAMPLE]
+        for metric in wanted:
+            try:
+                found[metric] = (
+                    float(objective.gradient(self._w).norm())
+                    if metric == "gradient_norm"
+                    else self._eigenvalue(objective, largest=metric == "top_eigenvalue")
+                )
+            except NonFiniteError:
+                found[metric] = torch.nan
+        return {
+            metric: torch.tensor([1.0, value, value**2], dtype=torch.float64)
+            for metric, value in found.items()
+        }
+
+    def _eigenvalue(self, objective: Objective, *, largest: bool) -> float:
+        space = leading_eigenspace(
+            hessian_operator(objective, self._w),
+            k=1,
+            which="largest" if largest else "smallest",
+            tol=EIGENVALUE_TOL,
+            max_products=EIGENVALUE_PRODUCTS,
+            multiple=False,
+            measure=False,
+        )
+        return float(space.values[0])
+
+    def _with_buffers(self, objective: Objective) -> Objective:
+        return objective.with_buffers(self._statistics.buffers)
+
+    def _channels_last_kernels(self) -> dict[str, Tensor]:
+        return {
+            name: torch.empty_like(view, memory_format=torch.channels_last)
+            for name, view in self._views.items()
+            if view.ndim == 4
+        }
+
+    def _first_layer(self, objective: Objective) -> FirstLayer:
+        """The first layer, if it can be reused."""
+        if self._combination is None or objective.ranks.size > 1:
+            raise UnsuitableError
+        layer = find_first_layer(objective, next(iter(objective.batches())))
+        if layer is None:
+            raise UnsuitableError
+        return layer
+
+
+class _PreparedBatches:
+    """Batches, and the model's outputs on them at the meter's point."""
+
+    def __init__(self, meter: PointMeter, objective: Objective) -> None:
+        self._meter, self._objective = meter, objective
+        self._batches: Iterable[Batch] = []
+        self._reused: ReusedOutputs | None = None
+
+    def take(
+        self, batches: list[Batch], plan: Plan, layer: FirstLayer | None, num_samples: int
+    ) -> None:
+        """Hold these batches, in the plan's layout; there may be more samples later."""
+        if plan.channels_last:
+            batches = [_channels_last(batch) for batch in batches]
+        self._batches = batches
+        combination = self._meter._combination
+        if layer is not None and combination is not None:
+            each = bytes_per_sample(layer, self._objective, batches[0], combination)
+            if each * num_samples > REUSE_BYTES:
+                raise UnsuitableError
+            self._reused = ReusedOutputs(
+                layer,
+                self._objective,
+                batches,
+                combination,
+                channels_last=plan.channels_last,
+            )
+
+    def move_to(self, coefficients: tuple[float, ...] | None) -> None:
+        if self._reused is not None and coefficients is not None:
+            self._reused.move_to(coefficients)
+
+    def outputs(
+        self, before: Callable[[Batch], None] = lambda batch: None
+    ) -> Iterator[tuple[Any, Batch]]:
+        """Iterate over (output, batch); gradients are not recorded."""
+        weights = self._meter._weights
+        with torch.no_grad():
+            for i, batch in enumerate(self._batches):
+                before(batch)
+                stand_in = nullcontext() if self._reused is None else self._reused.standing_in(i)
+                with stand_in:
+                    output = self._objective.output_at(weights, batch)
+                yield output, batch
+
+
+class _PreparedData(_PreparedBatches):
+    """The data of an objective."""
+
+    def __init__(
+        self,
+        meter: PointMeter,
+        objective: Objective,
+        plan: Plan,
+        layer: FirstLayer | None,
+        limit: int | None,
+    ) -> None:
+        super().__init__(meter, in_precision(objective, plan.precision))
+        data = ResidentData(objective, plan.batch_size)
+        if data.held is not None:
+            held = data.held if limit is None else _first(data.held, limit)
+            self.take(held, plan, layer, objective.num_samples)
+        elif plan.channels_last or layer is not None or plan.batch_size is not None:
+            raise UnsuitableError
+        else:
+            self._batches = data
+
+
+def require_metrics(metrics: Sequence[str]) -> tuple[Metric, ...]:
+    """Return the metrics, if all are known and none is named twice.
+
+    Raises:
+        ValueError: Naming the one that is not.
+    """
+    known = get_args(Metric)
+    for metric in metrics:
+        if metric not in known:
+            raise ValueError(f'`metrics` must be among {", ".join(known)}, got "{metric}".')
+    if not metrics or len(set(metrics)) < len(metrics):
+        raise ValueError(f"`metrics` must name each metric once, got {list(metrics)}.")
+    return tuple(metrics)  # type: ignore[arg-type]
+
+
+def _first(batches: list[Batch], limit: int) -> list[Batch]:
+    """The first batches, with about so many samples."""
+    found: list[Batch] = []
+    seen = 0
+    for batch in batches:
+        if seen < limit:
+            found.append(first_samples(batch, limit) if not found else batch)
+        seen += batch_length(batch)
+    return found
+
+
+def _errors(output: Any, batch: Batch) -> Tensor:
+    """1 for a wrong sample, 0 for a right one, their mean over positions; NaN without an output."""
+    if not isinstance(output, Tensor) or isinstance(batch, Mapping):
+        raise ValueError(
+            '`metrics` may hold "error" for a model that returns scores and tuple batches '
+            f"`(*inputs, target)`, got {type(output).__name__} and {type(batch).__name__}. Pass "
+            "an objective whose criterion counts errors."
+        )
+    wrong = zero_one_loss(output, batch[-1]).reshape(len(output), -1).mean(dim=1)
+    finite = torch.isfinite(output).reshape(len(output), -1).all(dim=1)
+    return torch.where(finite, wrong, torch.nan)
+
+
+def _scale(objective: Objective) -> float:
+    """What makes the mean over samples the loss, where they count unevenly."""
+    return objective.num_samples / objective.normalizer
+
+
+def _channels_last(batch: Batch) -> Batch:
+    found: Batch = map_tensors(
+        batch,
+        lambda t: (
+            t.contiguous(memory_format=torch.channels_last)
+            if t.ndim == 4 and t.is_floating_point()
+            else t
+        ),
+    )
+    return found

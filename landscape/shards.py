@@ -1,0 +1,137 @@
+"""Finished points of a sweep in a folder, from which a killed one goes on."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+
+from hessian.atomic import write_atomically
+from hessian.batches import fingerprint
+from hessian.objective import Objective
+from landscape.batch_norm import BatchNorm
+from landscape.combinations import as_combination
+from landscape.paths import Path
+from landscape.planes import Plane
+
+CHUNK = 8
+"""Points in a file: what a kill may cost, at most, for each process."""
+
+
+class Shards:
+    """Numbers of the points, a file for every few of them.
+
+    Args:
+        folder: Made if it is not there. None: nothing is kept.
+        identity: What the numbers depend on, as JSON values.
+
+    Raises:
+        ValueError: If the folder holds points of another sweep; names what differs.
+    """
+
+    def __init__(self, folder: FilePath | None, identity: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._identity = json.loads(json.dumps(identity))
+        self.plan: dict[str, Any] | None = None
+        """The plan that the points so far were evaluated by."""
+        if folder is None or not self._head.exists():
+            return
+        try:
+            head = json.loads(self._head.read_text())
+            found, self.plan = dict(head["identity"]), head["plan"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`folder` must be new or hold points of this sweep, but {self._head} is damaged "
+                f"({error}). Remove the folder."
+            ) from error
+        keys = [*self._identity, *(key for key in found if key not in self._identity)]
+        other = [key for key in keys if found.get(key) != self._identity.get(key)]
+        if other:
+            raise ValueError(
+                f"`folder` must be new or hold points of this sweep, but those in {folder} have "
+                f"other {', '.join(other)}. Choose another folder, or remove that one."
+            )
+
+    @property
+    def _head(self) -> FilePath:
+        assert self._folder is not None
+        return self._folder / "sweep.json"
+
+    def begin(self, plan: dict[str, Any]) -> None:
+        """Keep the plan, so that those who go on evaluate in the same way."""
+        if self._folder is not None and self.plan is None:
+            text = json.dumps({"identity": self._identity, "plan": plan}, indent=2)
+            write_atomically(self._head, text.encode())
+        self.plan = plan
+
+    def read(self, chunk: int, shape: tuple[int, ...]) -> Tensor | None:
+        """Return a chunk's numbers, or None if it is not there, whole."""
+        if self._folder is None:
+            return None
+        try:
+            found = load_tensors(self._path(chunk).read_bytes())["sums"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
+        return found if found.shape == shape and found.dtype == torch.float64 else None
+
+    def write(self, chunk: int, sums: Tensor) -> None:
+        """Keep a chunk's numbers."""
+        if self._folder is not None:
+            write_atomically(self._path(chunk), dump_tensors({"sums": sums.contiguous()}))
+
+    def _path(self, chunk: int) -> FilePath:
+        assert self._folder is not None
+        return self._folder / f"points-{chunk:06d}.safetensors"
+
+
+def checksum(*tensors: Tensor) -> str:
+    """Return a hash of types, shapes and bits."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(memoryview(flat.view(torch.uint8).numpy()))
+    return found.hexdigest()[:32]
+
+
+def identity(
+    objectives: Mapping[str, Objective],
+    path: Path | Plane,
+    points: Tensor,
+    metrics: tuple[str, ...],
+    policy: BatchNorm,
+    precision: str,
+) -> dict[str, Any]:
+    """Return what the numbers of a sweep depend on. Costs one pass over the data, no model."""
+    combination = as_combination(path)
+    probes = points.reshape(len(points), -1)[[0, len(points) // 2, -1]]
+    vectors = combination.vectors if combination is not None else [path(float(p)) for p in probes]
+    first = next(iter(objectives.values()))
+    sources = dict(objectives) | ({} if policy.data is None else {"batch norm": policy.data})
+    ends = [t for buffers in policy.ends or () for _, t in sorted(buffers.items())]
+    return {
+        "points": checksum(points),
+        "path": [type(path).__name__, checksum(*vectors)],
+        "model": [type(first.model).__name__, checksum(*first.constants().values())],
+        "data": {name: checksum(fingerprint(o.batches())) for name, o in sources.items()},
+        "criterion": {name: _name(o.criterion) for name, o in objectives.items()},
+        "metrics": list(metrics),
+        "batch norm": [policy.words, checksum(*ends)],
+        "precision": precision,
+        "type": str(first.dtype),
+        "versions": [version("flatvalley"), str(torch.__version__)],
+    }
+
+
+def _name(criterion: Any) -> str:
+    """A name that is the same in another process."""
+    if isinstance(criterion, nn.Module):
+        return repr(criterion)
+    return str(getattr(criterion, "__qualname__", type(criterion).__qualname__))

@@ -1,0 +1,155 @@
+"""Points measured by one process, by several, or by ranks; the same bits each way."""
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hessian.distributed import Ranks
+from landscape.point_meter import PointMeter
+from landscape.shards import CHUNK, Shards
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Called as ``progress(done, total)``."""
+
+Recipe: TypeAlias = Mapping[str, Any]
+"""Arguments of a `PointMeter`."""
+
+
+def measure_all(
+    recipe: Recipe,
+    points: Tensor,
+    shards: Shards,
+    *,
+    workers: int,
+    ranks: Ranks,
+    progress: Progress | None,
+) -> Tensor:
+    """Return the meter's numbers at every point, shape [m, columns, 3].
+
+    Every point is measured by itself, so it does not matter who does it.
+
+    Args:
+        recipe: Of the meter.
+        points: One a row.
+        shards: Where finished points are kept.
+        workers: Processes; with 1, this one.
+        ranks: That share the points; each takes every so manyth chunk.
+        progress: Called after every point, with several processes after every chunk.
+    """
+    columns = len(recipe["objectives"]) * len(recipe["metrics"])
+    sums = torch.zeros(len(points), columns, 3, dtype=torch.float64)
+    pieces = list(range(0, len(points), CHUNK))
+    own = [k for k in range(len(pieces)) if k % ranks.size == ranks.rank]
+    total = sum(len(points[pieces[k] : pieces[k] + CHUNK]) for k in own)
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None and count:
+            progress(done, total)
+
+    with ranks.in_step():
+        missing = []
+        for k in own:
+            part = sums[pieces[k] : pieces[k] + CHUNK]
+            kept = shards.read(k, tuple(part.shape))
+            if kept is None:
+                missing.append(k)
+            else:
+                part.copy_(kept)
+                add(len(part))
+        todo = {k: points[pieces[k] : pieces[k] + CHUNK] for k in missing}
+        found = (
+            _here(recipe, todo, add)
+            if workers == 1 or len(todo) < 2
+            else _elsewhere(recipe, todo, min(workers, len(todo)), add)
+        )
+        for k, part in found:
+            sums[pieces[k] : pieces[k] + CHUNK] = part
+            shards.write(k, part)
+    if ranks.size == 1:
+        return sums
+    return ranks.gather(sums.reshape(-1).tolist()).sum(dim=0).view_as(sums)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Run operations inside on this many threads; 0: as torch is set."""
+    before = torch.get_num_threads()
+    if number in (0, before):
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _here(
+    recipe: Recipe, todo: Mapping[int, Tensor], add: Callable[[int], None]
+) -> Iterator[tuple[int, Tensor]]:
+    if not todo:
+        return
+    meter = PointMeter(**recipe)
+    for k, points in todo.items():
+        parts = []
+        for point in points:
+            parts.append(meter.measure(point))
+            add(1)
+        yield k, torch.stack(parts)
+
+
+def _elsewhere(
+    recipe: Recipe, todo: Mapping[int, Tensor], workers: int, add: Callable[[int], None]
+) -> Iterator[tuple[int, Tensor]]:
+    try:
+        sent = pickle.dumps(dict(recipe))
+    except Exception as error:
+        raise ValueError(
+            "`workers` above 1 needs a model, criterion and path that can be sent to another "
+            f"process, got {type(error).__name__}: {error}. Define them at the top of a module, or "
+            "leave `workers` out."
+        ) from error
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(sent,)
+    )
+    try:
+        jobs = {pool.submit(_serve, points.tolist()): k for k, points in todo.items()}
+        for job in as_completed(jobs):
+            k = jobs[job]
+            yield k, torch.tensor(job.result(), dtype=torch.float64)
+            add(len(todo[k]))
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A worker process died (out of memory, or a script without "
+            '`if __name__ == "__main__":`). What was finished is kept in `folder`; run the same '
+            "call again to go on."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_METER: list[PointMeter] = []
+"""The meter of a worker process."""
+
+
+def _begin(sent: bytes) -> None:
+    recipe = pickle.loads(sent)  # sent by the parent through a pipe, never read from a file
+    torch.set_num_threads(recipe["plan"].threads or 1)
+    _METER.append(PointMeter(**recipe))
+
+
+def _serve(points: list[Any]) -> list[Any]:
+    """Numbers, not tensors, which would need shared memory on the way."""
+    rows = torch.tensor(points, dtype=torch.float64)
+    found: list[Any] = torch.stack([_METER[0].measure(row) for row in rows]).tolist()
+    return found

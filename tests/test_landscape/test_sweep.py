@@ -1,0 +1,343 @@
+"""Several metrics at once, kept in files, gone on with after a kill, by whatever processes."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hessian import DamagedFileError, Objective
+from landscape import (
+    BezierCurve,
+    Evaluation,
+    Line,
+    Plan,
+    Plane,
+    PolyChain,
+    evaluate,
+    grid,
+    load_sweep,
+    save_sweep,
+    sweep,
+)
+from landscape.combinations import as_combination, write_weights_
+from landscape.plans import choose_plan, relative_deviation
+from tests.cases import seeded
+
+X = torch.linspace(-2, 2, 36, dtype=torch.float64).sin().reshape(12, 3)
+Y = torch.arange(12) % 2
+
+
+def network():
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))).double()
+
+
+@pytest.fixture
+def problem():
+    model = network()
+    objective = Objective(model, nn.CrossEntropyLoss(), (X, Y), batch_size=5)
+    w = objective.weights()
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.randn(len(w), generator=generator, dtype=w.dtype) for _ in range(2))
+    return objective, Plane(w, u, v)
+
+
+POINTS = grid(torch.linspace(0, 1, 4), torch.linspace(-1, 1, 5))
+
+
+def test_one_pass_gives_loss_error_gradient_and_eigenvalues(problem):
+    objective, plane = problem
+    metrics = ("loss", "error", "gradient_norm", "top_eigenvalue", "bottom_eigenvalue")
+    found = sweep(objective, plane, POINTS, metrics=metrics)
+    for i, j in ((0, 0), (3, 1), (2, 4)):
+        w = plane(POINTS[i, j])
+        output = objective.output(w, (X, Y))
+        assert_close(found["objective", "loss"].mean[i, j].item(), objective.loss(w))
+        wrong = (output.argmax(dim=1) != Y).double()
+        assert_close(found["objective", "error"].mean[i, j], wrong.mean())
+        assert_close(found["objective", "error"].standard_error[i, j], wrong.std() / math.sqrt(12))
+        norm = objective.gradient(w).norm()
+        assert_close(found["objective", "gradient_norm"].mean[i, j], norm)
+        eye = torch.eye(len(w), dtype=w.dtype)
+        H = torch.stack([objective.hessian_product(w, e) for e in eye])
+        values = torch.linalg.eigvalsh(H)
+        scale = float(values.abs().max())
+        ends = [found["objective", m].mean[i, j] for m in metrics[3:]]
+        assert_close(torch.stack(ends), values[[-1, 0]], atol=2e-3 * scale, rtol=0)
+    assert found["objective", "gradient_norm"].count.eq(1).all()
+    with pytest.raises(KeyError, match="was not measured"):
+        found["objective", "accuracy"]
+
+
+def test_the_sweep_is_the_objectives_own_loss(problem):
+    objective, plane = problem
+    found = evaluate(objective, plane, POINTS)
+    truth = [objective.statistics(plane(p)) for p in POINTS.reshape(-1, 2)]
+    assert_close(found.total.reshape(-1), torch.tensor([t.total for t in truth]).double())
+    squares = torch.tensor([t.total_squares for t in truth]).double()
+    assert_close(found.total_squares.reshape(-1), squares)
+
+
+def test_unevenly_counted_samples_keep_their_weights():
+    model = network()
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]).double())
+    objective = Objective(model, criterion, (X, Y), batch_size=5)
+    w = objective.weights()
+    found = evaluate(objective, Line(w, 2 * w), [0.0, 0.5])
+    assert_close(found.mean[1].item(), objective.loss(1.5 * w))
+    assert_close(found.total_squares[1].item(), objective.statistics(1.5 * w).total_squares)
+
+
+@pytest.mark.parametrize("kind", ["line", "bezier", "chain", "plane"])
+def test_weights_in_the_buffer_are_the_paths_and_exact_at_its_ends(kind):
+    a, b, c = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    a[:5] = b[:5] = c[:5] = 0.0
+    path = {
+        "line": Line(a, b),
+        "bezier": BezierCurve(torch.stack([a, c, b])),
+        "chain": PolyChain(torch.stack([a, c, b])),
+        "plane": Plane(a, b, c),
+    }[kind]
+    points = POINTS.reshape(-1, 2) if kind == "plane" else torch.linspace(-0.5, 1.5, 9).double()
+    out = torch.full((50,), torch.nan)
+    for p in points:
+        write_weights_(out, path, as_combination(path), p)
+        w = path(p) if kind == "plane" else path(float(p))
+        assert_close(out, w, atol=1e-6, rtol=1e-6)
+    ends = torch.zeros(2).double() if kind == "plane" else torch.tensor(0.0).double()
+    write_weights_(out, path, as_combination(path), ends)
+    assert torch.equal(out, a)
+    if kind != "plane":
+        write_weights_(out, path, as_combination(path), torch.tensor(1.0).double())
+        assert torch.equal(out, b)
+    write_weights_(out, path, as_combination(path), points[3])
+    assert torch.equal(out[:5], torch.zeros(5))  # zeros of all ends stay zero
+
+
+class StopsAt:
+    """Progress that ends the process' work at some point."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def __call__(self, done, total):
+        if done == self.at:
+            raise KeyboardInterrupt
+
+
+class Counting(nn.Module):
+    """A loss that counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, output, target):
+        self.calls += 1
+        return nn.functional.cross_entropy(output, target, reduction="none")
+
+
+def test_a_killed_surface_goes_on_and_ends_bit_identical(tmp_path, problem):
+    _, plane = problem
+    criterion = Counting()
+    objective = Objective(network(), criterion, (X, Y))
+    points = POINTS.clone()
+    points[1, 2] = torch.inf  # no loss there; not a reason to measure it again
+    whole = evaluate(objective, plane, points)
+    assert whole.num_nonfinite == 1
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(objective, plane, points, folder=tmp_path, progress=StopsAt(19))
+    assert len(list(tmp_path.glob("points-*"))) == 2  # 8 points each
+    criterion.calls = 0
+    steps = []
+    resumed = evaluate(
+        objective, plane, points, folder=tmp_path, progress=lambda *step: steps.append(step)
+    )
+    assert criterion.calls == 4  # of 20
+    assert steps[:2] == [(8, 20), (16, 20)] and steps[-1] == (20, 20)
+    for name in ("count", "total", "total_squares"):
+        one, other = getattr(whole, name), getattr(resumed, name)
+        assert torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))
+    assert resumed.provenance == whole.provenance
+    criterion.calls = 0
+    evaluate(objective, plane, points, folder=tmp_path)
+    assert criterion.calls == 0
+
+
+def test_a_damaged_shard_is_measured_again(tmp_path, problem):
+    objective, plane = problem
+    whole = evaluate(objective, plane, POINTS, folder=tmp_path)
+    shard = tmp_path / "points-000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert torch.equal(evaluate(objective, plane, POINTS, folder=tmp_path).total, whole.total)
+
+
+def test_a_folder_of_another_surface_is_refused_and_the_difference_named(tmp_path, problem):
+    objective, plane = problem
+    evaluate(objective, plane, POINTS, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"have other points\. Choose another folder"):
+        evaluate(objective, plane, POINTS + 1, folder=tmp_path)
+    with pytest.raises(ValueError, match="have other path"):
+        evaluate(objective, Plane(plane.origin, plane.u, -plane.v), POINTS, folder=tmp_path)
+    other = Objective(objective.model, nn.CrossEntropyLoss(), (X + 1, Y), batch_size=5)
+    with pytest.raises(ValueError, match="have other data"):
+        evaluate(other, plane, POINTS, folder=tmp_path)
+    with pytest.raises(ValueError, match="have other metrics"):
+        sweep(objective, plane, POINTS, metrics=("error",), folder=tmp_path)
+    with pytest.raises(ValueError, match="`speed` must be what the points"):
+        evaluate(objective, plane, POINTS, folder=tmp_path, speed=Plan(batch_size=3))
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluate(objective, plane, POINTS, folder=tmp_path)
+
+
+def test_worker_processes_give_the_same_bits(tmp_path, problem):
+    objective, plane = problem
+    alone = evaluate(objective, plane, POINTS)
+    spread = evaluate(objective, plane, POINTS, workers=2, folder=tmp_path)
+    assert torch.equal(alone.total, spread.total)
+    assert torch.equal(alone.total_squares, spread.total_squares)
+    assert len(list(tmp_path.glob("points-*"))) == 3
+
+
+def test_what_cannot_be_sent_to_a_process_is_named(problem):
+    _, plane = problem
+    objective = Objective(network(), lambda o, t: (o**2).sum(dim=1), (X, Y))
+    with pytest.raises(ValueError, match="`workers` above 1 needs a model, criterion and path"):
+        evaluate(objective, plane, POINTS, workers=2)
+
+
+def test_files_keep_every_bit(tmp_path, problem):
+    objective, plane = problem
+    test = Objective(objective.model, nn.CrossEntropyLoss(), (X[:4], Y[:4]))
+    found = sweep({"train": objective, "test": test}, plane, POINTS, metrics=("loss", "error"))
+    back = load_sweep(save_sweep(found, tmp_path / "surface.safetensors"))
+    assert back.columns == found.columns and torch.equal(back.sums, found.sums)
+    assert torch.equal(back.points, found.points)
+    assert back.provenance == json.loads(json.dumps(dict(found.provenance)))
+    assert back.provenance["samples"] == {"train": 12, "test": 4}
+    one = found["test", "error"]
+    back = load_sweep(save_sweep(one, tmp_path / "one.safetensors"))["test", "error"]
+    assert torch.equal(back.total, one.total) and back.provenance == dict(one.provenance)
+    (tmp_path / "one.safetensors").write_bytes(b"\x08\x00\x00\x00")
+    with pytest.raises(DamagedFileError, match="must be a file that `save_sweep` wrote"):
+        load_sweep(tmp_path / "one.safetensors")
+
+
+class LargeStorages(TorchDispatchMode):
+    """Counts the storages of some size that operations make, even those that are soon freed."""
+
+    def __init__(self, num_bytes):
+        super().__init__()
+        self.num_bytes, self.count = num_bytes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors(out):
+            storage = tensor.untyped_storage()
+            new = storage.data_ptr() not in known
+            self.count += new and storage.nbytes() >= self.num_bytes
+        return out
+
+
+def tensors(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("speed", ["plain", Plan(channels_last=True)])
+def test_a_whole_grid_takes_no_more_than_two_vectors_beyond_the_directions(speed):
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(8, 64, 5), nn.Flatten(), nn.Linear(64, 2)))
+    x = torch.zeros(2, 8, 5, 5), torch.zeros(2).long()
+    objective = Objective(model.float(), nn.CrossEntropyLoss(), x)
+    w = objective.weights()
+    plane = Plane(w, torch.ones_like(w), torch.linspace(-1, 1, len(w)))
+    points = grid(torch.linspace(-1, 1, 3), torch.linspace(0, 1, 5))
+    with LargeStorages(num_bytes=4 * len(w) // 2) as large:
+        evaluate(objective, plane, points, speed=speed)
+    if speed == "plain":
+        assert large.count == 1
+    else:  # a trial beside, with the plain way before it; each point of it allocates nothing
+        assert large.count == 1 + 2 + 2
+
+
+@pytest.mark.parametrize("plan", [Plan(batch_size=4), Plan(reuse_first_layer=True)])
+@pytest.mark.parametrize("cut", [12, 5])
+def test_plans_agree_with_the_plain_way_and_say_how_well(problem, plan, cut):
+    model = problem[0].model
+    objective = Objective(model, nn.CrossEntropyLoss(), (X, Y), batch_size=cut)
+    plain = evaluate(objective, problem[1], POINTS, speed="plain")
+    quick = evaluate(objective, problem[1], POINTS, speed=plan)
+    assert_close(quick.total, plain.total, rtol=1e-12, atol=0)
+    assert plain.provenance["plan"]["deviation"] == 0
+    assert quick.provenance["plan"]["deviation"] < 1e-12
+    again = evaluate(objective, problem[1], POINTS, speed=plan)
+    assert torch.equal(again.total, quick.total)
+
+
+def test_reduced_precision_is_recorded_with_its_deviation(problem):
+    model = network().float()
+    objective = Objective(model, nn.CrossEntropyLoss(), (X.float(), Y))
+    w = objective.weights()
+    line = Line(w, 2 * w)
+    full = evaluate(objective, line, [0.0, 0.5, 1.0]).mean
+    found = evaluate(objective, line, [0.0, 0.5, 1.0], precision="bfloat16")
+    deviation = found.provenance["plan"]["deviation"]
+    assert deviation == pytest.approx(relative_deviation(found.mean.tolist(), full.tolist()))
+    assert 1e-6 < deviation < 1e-2
+
+
+def test_a_plan_is_taken_only_if_it_agrees_and_wins(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("landscape.plans.time.perf_counter", lambda: clock[0])
+    costs = {Plan(): 1.0, Plan(batch_size=64): 0.5, Plan(batch_size=256): 0.4}
+    losses = {Plan(batch_size=256): [1.0, 2.0001]}
+
+    def make_probe(plan):
+        key = Plan(batch_size=plan.batch_size, reuse_first_layer=plan.reuse_first_layer)
+
+        def probe():
+            clock[0] += costs.get(key, 0.98)
+            return losses.get(key, [1.0, 2.0])
+
+        return probe
+
+    choice = {"fixed": None, "tolerance": 1e-5}
+    found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=1000.0, **choice)
+    assert found == Plan(batch_size=64, deviation=0.0)  # 256 is off, the others no faster
+    found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=100.0, **choice)
+    assert found == Plan(deviation=0.0)  # not worth a trial
+
+
+def test_deviation_is_relative_and_nan_where_only_one_is_finite():
+    assert relative_deviation([1.0, 2.0], [1.0, 4.0]) == 0.5
+    assert relative_deviation([0.0, math.nan], [0.0, math.nan]) == 0
+    assert math.isnan(relative_deviation([math.nan], [1.0]))
+
+
+def test_bad_options_are_named(problem):
+    objective, plane = problem
+    with pytest.raises(ValueError, match=r'`metrics` must be among loss, .* got "accuracy"'):
+        sweep.__wrapped__(objective, plane, POINTS, metrics=("accuracy",))
+    with pytest.raises(ValueError, match="`metrics` must name each metric once"):
+        sweep(objective, plane, POINTS, metrics=("loss", "loss"))
+    with pytest.raises(ValueError, match="`workers` must be at least 1, got 0"):
+        evaluate(objective, plane, POINTS, workers=0)
+    with pytest.raises(ValueError, match='`precision` must be "full" or "bfloat16"'):
+        sweep.__wrapped__(objective, plane, POINTS, precision="tf32")
+    with pytest.raises(ValueError, match="`objectives` must hold at least one"):
+        sweep({}, plane, POINTS)
+    other = Objective(network(), nn.CrossEntropyLoss(), (X, Y))
+    with pytest.raises(ValueError, match=r'must share one model .* but "b" has others'):
+        sweep({"a": objective, "b": other}, plane, POINTS)
+    with pytest.raises(ValueError, match="`speed` must be a plan that fits"):
+        evaluate(objective, lambda t: plane.origin * t, [0.5], speed=Plan(reuse_first_layer=True))
+
+
+def test_an_evaluation_made_by_hand_has_no_provenance():
+    n = torch.ones(2).double()
+    assert dict(Evaluation(torch.zeros(2).double(), n, n, n).provenance) == {}
