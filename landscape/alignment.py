@@ -122,6 +122,8 @@ def align(
     model = layout.model
     if isinstance(b, Tensor):
         w = layout.weights() if at is None else at.detach()
+        layout.require_vector(w, "at")
+        layout.require_vector(b, "b")
         mine, theirs = layout.unflatten(w), layout.unflatten(b.detach())
     elif at is not None:
         raise ValueError("`at` must come with a flat vector `b`, got a module.")

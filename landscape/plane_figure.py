@@ -13,17 +13,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
-from landscape.evaluate import Evaluation
-from landscape.figure_style import MARKERS, legend_above, new_axes, to_numpy
+from landscape.figure_style import MARKERS, OUTLINE, legend_above, new_axes, to_numpy
 from landscape.paths import Path
 from landscape.planes import Plane
+from landscape.records import Evaluation
 
 NOT_FINITE = "0.8"
 # A residual above this share of a point's distance from the origin is printed.
 VISIBLE_RESIDUAL = 0.01
 # Without an explicit floor, the colours span at most this range below the cap.
 DEFAULT_RANGE = 1e-6
-OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def plot_plane(
@@ -64,10 +63,10 @@ def plot_plane(
         ValueError: If the evaluation is not on a rectangular grid of at least two values an axis,
             has no finite loss, or the floor is not positive and below the cap.
     """
-    xs, ys = _grid_axes(evaluation)
+    xs, ys = grid_axes(evaluation)
     ax = ax or new_axes((5.6, 4.2))
     losses = np.ma.masked_invalid(to_numpy(evaluation.mean))
-    low, high = _color_range(losses, floor, cap)
+    low, high = color_range(losses, floor, cap)
     over, under = bool((losses > high).any()), bool((losses < low).any())
     extend = {(0, 0): "neither", (0, 1): "max", (1, 0): "min", (1, 1): "both"}[under, over]
     colors = matplotlib.colormaps["viridis"].with_extremes(over="#fff7bc", under="#2d004b")
@@ -108,8 +107,8 @@ def axis_labels(plane: Plane) -> tuple[str, str]:
     return f"{plane.labels[0]} ({units[0]})", f"{plane.labels[1]} ({units[1]})"
 
 
-def _grid_axes(evaluation: Evaluation) -> tuple[Any, Any]:
-    """Values along both axes of a grid in "ij" order."""
+def grid_axes(evaluation: Evaluation) -> tuple[Any, Any]:
+    """Values along both axes of a grid in "ij" order; refuses anything else."""
     points = evaluation.points
     if points.ndim == 3 and min(points.shape[:2]) >= 2:
         xs, ys = points[:, 0, 0], points[0, :, 1]
@@ -122,7 +121,8 @@ def _grid_axes(evaluation: Evaluation) -> tuple[Any, Any]:
     )
 
 
-def _color_range(losses: Any, floor: float | None, cap: float | None) -> tuple[float, float]:
+def color_range(losses: Any, floor: float | None, cap: float | None) -> tuple[float, float]:
+    """Smallest and largest loss that have a colour of their own."""
     if losses.count() == 0:
         raise ValueError("`evaluation` must have a finite loss somewhere to draw, got none.")
     high = float(losses.max()) if cap is None else cap
