@@ -12,6 +12,24 @@ from landscape.directions import (
 )
 from landscape.evaluate import BatchNormWarning, evaluate, sweep
 from landscape.figures import plot_profile, plot_share, plot_trajectory
+from landscape.figures_lines import (
+    RunNorms,
+    plot_barriers,
+    plot_interpolation,
+    plot_matching,
+    plot_norms,
+    plot_random_lines,
+    plot_share_over_time,
+    run_norms,
+)
+from landscape.figures_surfaces import (
+    plot_contours,
+    plot_eigen_ratio,
+    plot_run_on_plane,
+    plot_surface,
+)
+from landscape.interactive import surface_html
+from landscape.paraview import write_paraview
 from landscape.paths import BezierCurve, Line, Path, PolyChain
 from landscape.pca import PrincipalComponents, principal_components
 from landscape.permutations import Permutations
@@ -19,6 +37,14 @@ from landscape.plane_figure import plot_plane
 from landscape.planes import Plane, grid
 from landscape.plans import Plan
 from landscape.random_directions import random_directions
+from landscape.readers import (
+    LineMaximum,
+    PublishedLine,
+    PublishedPlane,
+    read_connectivity_curve,
+    read_connectivity_plane,
+    read_loss_landscape,
+)
 from landscape.recorder import (
     RecordedPoints,
     RecordedTrajectory,
@@ -49,6 +75,7 @@ __all__ = [
     "Evaluation",
     "Excess",
     "Line",
+    "LineMaximum",
     "Path",
     "Permutations",
     "Plan",
@@ -56,9 +83,12 @@ __all__ = [
     "PolyChain",
     "PrincipalComponents",
     "Projector",
+    "PublishedLine",
+    "PublishedPlane",
     "RecordedPoints",
     "RecordedTrajectory",
     "Recorder",
+    "RunNorms",
     "Sweep",
     "Trajectory",
     "align",
@@ -69,22 +99,38 @@ __all__ = [
     "grid",
     "load_sweep",
     "orthogonalized",
+    "plot_barriers",
+    "plot_contours",
+    "plot_eigen_ratio",
+    "plot_interpolation",
+    "plot_matching",
+    "plot_norms",
     "plot_plane",
     "plot_profile",
+    "plot_random_lines",
+    "plot_run_on_plane",
     "plot_share",
+    "plot_share_over_time",
+    "plot_surface",
     "plot_trajectory",
     "principal_components",
     "project_trajectory",
     "random_directions",
     "random_share",
     "random_share_interval",
+    "read_connectivity_curve",
+    "read_connectivity_plane",
+    "read_loss_landscape",
     "read_points",
     "read_trajectory",
+    "run_norms",
     "save_figure",
     "save_sweep",
     "share_in_subspace",
+    "surface_html",
     "sweep",
     "train_bezier",
     "train_curve",
+    "write_paraview",
     "zero_one_loss",
 ]
