@@ -160,6 +160,24 @@ def test_a_grey_picture_becomes_three_equal_channels(cifar_files):
     torch.testing.assert_close(image[:, 5, 5].float(), expected)
 
 
+def test_cifar10_images_are_decoded_once_a_process_unless_a_file_changes(cifar_files, monkeypatch):
+    opened, really = [], Image.open
+    monkeypatch.setattr("PIL.Image.open", lambda *args: opened.append(args) or really(*args))
+    first = load_dataset("cifar10", root=cifar_files, dtype=torch.uint8)
+    assert len(opened) == 6
+    expected = first.train_inputs.clone(), first.train_labels.clone()
+    first.train_inputs.zero_()
+    first.train_labels.zero_()
+    again = load_dataset("cifar10", root=cifar_files, dtype=torch.uint8)
+    assert len(opened) == 6
+    assert torch.equal(again.train_inputs, expected[0])
+    assert torch.equal(again.train_labels, expected[1])
+    write_parquet(cifar_files / "cifar10" / "test.parquet", np.full((2, 32, 32, 3), 9), [4, 5])
+    changed = load_dataset("cifar10", root=cifar_files, dtype=torch.uint8)
+    assert len(opened) == 8
+    assert torch.equal(changed.test_inputs, torch.full((2, 3, 32, 32), 9, dtype=torch.uint8))
+
+
 def test_damaged_cifar10_files_are_named(cifar_files):
     test = cifar_files / "cifar10" / "test.parquet"
     for pixels, labels, message in (
