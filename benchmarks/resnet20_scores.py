@@ -27,7 +27,7 @@ import argparse
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -267,9 +267,10 @@ def table(plan: Plan, found: Mapping[int, Mapping[float, Mapping[str, Any]]]) ->
     return lines
 
 
-def run_plan(name: str) -> list[str]:
+def run_plan(name: str, seeds: Sequence[int]) -> list[str]:
     """Compute what is missing of a plan; return its lines."""
     plan = PLANS[name]
+    plan = replace(plan, seeds=tuple(seeds) or plan.seeds)
     found = {}
     for seed in plan.seeds:
         say(f"{name}, seed {seed}")
@@ -280,7 +281,7 @@ def run_plan(name: str) -> list[str]:
         f"{name}, {training.data}: {samples} training images, {training.epochs} epochs, batch "
         f"{training.batch_size}, learning rate {training.lr} ({training.schedule}), augmentation "
         f"{training.augment}, mu {MU}; {plan.calibration:,} images for filter and projector; "
-        f"{len(plan.seeds)} seeds.",
+        f"seeds {', '.join(map(str, plan.seeds))}.",
         *table(plan, found),
     ]
 
@@ -290,10 +291,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plans", nargs="*", default=list(PLANS), choices=list(PLANS))
     parser.add_argument("--quick", action="store_true", help="LeNet-300-100 alone")
+    parser.add_argument("--seeds", nargs="*", type=int, default=(), help="default: the plan's")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in ["lenet-300-100"] if arguments.quick else arguments.plans:
-        lines = [*(__doc__ or "").strip().splitlines(), "", *run_plan(name)]
+        lines = [*(__doc__ or "").strip().splitlines(), "", *run_plan(name, arguments.seeds)]
         report("resnet20_scores" if name == "resnet20" else f"resnet20_scores_{name}", lines)
 
 
