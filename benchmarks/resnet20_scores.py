@@ -259,7 +259,8 @@ def table(plan: Plan, found: Mapping[int, Mapping[float, Mapping[str, Any]]]) ->
     for form in FORMS:
         rows = [findings[plan.constants[0]]["scores"][form] for findings in found.values()]
         mean = {key: fmean(row[key] for row in rows) for key in rows[0]}
-        bound = "" if form == "transport" else f", error below {mean['error']:.2g} of their norm"
+        word = {"projector": "at most", "filter": "about"}.get(form)
+        bound = f", error {word} {mean['error']:.2g} of their norm" if word else ""
         lines.append(
             f"{form}: mean score {mean['mean']:.3f}, standard deviation {mean['deviation']:.3g}, "
             f"{mean['products']:,.0f} products{bound}"
@@ -279,9 +280,9 @@ def run_plan(name: str, seeds: Sequence[int]) -> list[str]:
     samples = f"{training.train_samples:,}" if training.train_samples else "all"
     return [
         f"{name}, {training.data}: {samples} training images, {training.epochs} epochs, batch "
-        f"{training.batch_size}, learning rate {training.lr} ({training.schedule}), augmentation "
-        f"{training.augment}, mu {MU}; {plan.calibration:,} images for filter and projector; "
-        f"seeds {', '.join(map(str, plan.seeds))}.",
+        f"{training.batch_size}, learning rate {training.lr} ({training.schedule}),",
+        f"augmentation {training.augment}, mu {MU}; {plan.calibration:,} images for filter and "
+        f"projector; seeds {', '.join(map(str, plan.seeds))}.",
         *table(plan, found),
     ]
 
