@@ -7,6 +7,7 @@ import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 # Okabe & Ito (2008), Color universal design; without the yellow, which is lost on white.
@@ -40,6 +41,16 @@ def line_style(i: int) -> dict[str, Any]:
         "linestyle": LINE_STYLES[i % len(LINE_STYLES)],
         "linewidth": 1.6,
     }
+
+
+def log_scale(ax: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 of every decade, or fewer."""
+    ax.set_yscale("log", nonpositive="clip")
+    low, high = ax.get_ylim()
+    wide = high > 1e3 * low
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def to_numpy(values: Tensor) -> Any:

@@ -13,6 +13,7 @@ from landscape.figure_style import (
     MARKERS,
     legend_above,
     line_style,
+    log_scale,
     new_axes,
     new_column,
     require_some,
@@ -71,7 +72,7 @@ def plot_profile(
         ax.plot(t, mean, label=f"{name} ({bad} not finite)" if bad else name, **style)
         ax.fill_between(t, mean - band, mean + band, color=style["color"], alpha=0.2, linewidth=0)
     if log:
-        ax.set_yscale("log", nonpositive="clip")
+        log_scale(ax)
     for t in (0, 1):
         ax.axvline(t, color="0.6", linewidth=0.8, zorder=0)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])

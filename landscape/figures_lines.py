@@ -16,6 +16,7 @@ from landscape.figure_style import (
     MARKERS,
     legend_above,
     line_style,
+    log_scale,
     new_axes,
     new_column,
     require_some,
@@ -63,7 +64,7 @@ def plot_interpolation(
     ax.set_ylabel(ylabel, color=COLORS[0])
     ax.tick_params(axis="y", colors=COLORS[0])
     if log:
-        ax.set_yscale("log", nonpositive="clip")
+        log_scale(ax)
     _mark_ends(ax, ends)
     if errors:
         # An inset that covers the axes, so that layouts and callers see one axes with a child.
@@ -124,7 +125,7 @@ def plot_random_lines(
             x, rows.min(axis=0), rows.max(axis=0), color=style["color"], alpha=0.2, linewidth=0
         )
     if log:
-        ax.set_yscale("log", nonpositive="clip")
+        log_scale(ax)
     ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
@@ -233,7 +234,7 @@ def plot_matching(
         for name, dash in zip(naive, DASHES, strict=False):
             ax.plot([], [], color="0.3", linestyle=dash, label=name)
     if log:
-        ax.set_yscale("log", nonpositive="clip")
+        log_scale(ax)
     _mark_ends(ax, ends)
     ax.set_xlabel("position t on the line")
     ax.set_ylabel(ylabel)
@@ -286,7 +287,7 @@ def plot_share_over_time(
     ax.axhspan(*band, color="0.5", alpha=0.3, linewidth=0)
     label = f"random direction √(k/d), {level:.0%}".replace("%", " %")
     ax.axhline(floor, color="0.35", linewidth=1, label=label)
-    ax.set_yscale("log")
+    log_scale(ax)
     ax.set_xlabel(time_label)
     ax.set_ylabel(f"share in the {subspace.format(k=k)}")
     legend_above(ax)

@@ -6,9 +6,10 @@ from typing import Literal
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from mpl_toolkits.mplot3d import Axes3D
+from matplotlib.ticker import MaxNLocator
+from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 
 from landscape.figure_style import COLORS, OUTLINE, legend_above, new_axes, to_numpy
 from landscape.plane_figure import NOT_FINITE, axis_labels, color_range, grid_axes
@@ -64,7 +65,8 @@ def plot_contours(
     make = np.geomspace if spacing == "log" else np.linspace
     levels = make(low, high, num_levels + 2)[1:-1]
     # Values are [x, y]; contour wants rows of equal y.
-    lines = ax.contour(xs, ys, losses.T, levels=levels, cmap="viridis", linewidths=1.2)
+    norm = LogNorm(low, high) if spacing == "log" else Normalize(low, high)
+    lines = ax.contour(xs, ys, losses.T, levels=levels, norm=norm, cmap="viridis", linewidths=1.2)
     ax.clabel(lines, fontsize=7, fmt=lambda value: f"{value:.2g}", inline_spacing=3)
     _note_not_finite(ax, evaluation)
     if origin is not None and xs[0] <= 0 <= xs[-1] and ys[0] <= 0 <= ys[-1]:
@@ -136,11 +138,13 @@ def plot_surface(
         ticks = [*(tick for tick in ticks if tick < 0.8 * high), high]
         names = [*(f"{tick:g}" for tick in ticks[:-1]), f"≥ {high:.2g}"]
     ax.set_zticks(np.log10(ticks).tolist(), names)
-    ax.set_xlabel(axis_labels(plane)[0], fontsize="small")
-    ax.set_ylabel(axis_labels(plane)[1], fontsize="small")
+    # Two lines each, so that neighbours do not run into each other at the corner.
+    xlabel, ylabel = (name.replace(" (", "\n(") for name in axis_labels(plane))
+    ax.set_xlabel(xlabel, fontsize="small", labelpad=10)
+    ax.set_ylabel(ylabel, fontsize="small", labelpad=10)
     ax.set_zlabel(f"{label} (log)", fontsize="small")
     ax.tick_params(labelsize=7)
-    ax.set_box_aspect((1, 1, 0.7), zoom=0.88)
+    ax.set_box_aspect((1, 1, 0.7), zoom=0.84)
     return ax
 
 
@@ -199,7 +203,7 @@ def plot_eigen_ratio(
         bar.ax.text(
             0.5, 1.08, f"≥ {cap:.2g}", transform=bar.ax.transAxes, ha="center", fontsize="small"
         )
-    missing = int(np.ma.count_masked(ratio))
+    missing = ratio.size - int(ratio.count())
     if missing:
         ax.plot([], [], "s", color=NOT_FINITE, label=f"not finite ({missing})")
         legend_above(ax)
@@ -256,16 +260,26 @@ def plot_run_on_plane(
     if evaluation is not None:
         xs, ys = grid_axes(evaluation)
         losses = np.ma.masked_invalid(to_numpy(evaluation.mean))
-        levels = np.geomspace(*color_range(losses, floor, cap), num_levels + 2)[1:-1]
-        lines = ax.contour(xs, ys, losses.T, levels=levels, cmap="viridis", linewidths=0.9)
+        low, high = color_range(losses, floor, cap)
+        levels, norm = np.geomspace(low, high, num_levels + 2)[1:-1], LogNorm(low, high)
+        lines = ax.contour(
+            xs, ys, losses.T, levels=levels, norm=norm, cmap="viridis", linewidths=0.9
+        )
         ax.clabel(lines, fontsize=6, fmt=lambda value: f"{value:.2g}", inline_spacing=2)
         _note_not_finite(ax, evaluation)
     ax.plot(*xy.T, color=COLORS[1], linewidth=1, alpha=0.6, zorder=3)
     share = np.nan_to_num(to_numpy(trajectory.explained_fraction), nan=1.0).clip(0, 1)
+    explained = f"run; the plane explains {100 * share.min():.0f} to {100 * share.max():.0f} %"
     ax.scatter(
-        *xy.T, s=14, color=COLORS[1], alpha=0.15 + 0.85 * share, zorder=4, linewidths=0,
-        label=f"run; the plane explains {100 * share.min():.0f} to {100 * share.max():.0f} %",
-    )  # fmt: skip
+        xy[:, 0],
+        xy[:, 1],
+        s=14,
+        color=COLORS[1],
+        alpha=0.15 + 0.85 * share,
+        zorder=4,
+        linewidths=0,
+        label=explained,
+    )
     named = {0: "start", len(xy) - 1: "end"} | dict(marks or {})
     for i, name in named.items():
         end = i in (0, len(xy) - 1)
@@ -285,6 +299,8 @@ _STEPS = {"log": "ratios", "linear": "differences"}
 
 def _name_axes(ax: Axes, plane: Plane, equal_aspect: bool) -> None:
     x, y = axis_labels(plane)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
     if equal_aspect:
         ax.set_aspect("equal")
     ax.set_xlabel(x)

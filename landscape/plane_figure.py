@@ -187,14 +187,15 @@ def _draw_curve(ax: Axes, plane: Plane, curve: Path) -> None:
 
 def _draw_points(ax: Axes, plane: Plane, points: Mapping[str, Tensor]) -> None:
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    for i, (name, w) in enumerate(points.items()):
-        x, y, residual = plane.coordinates(w)
+    places = [plane.coordinates(w) for w in points.values()]
+    middle = sum(y for _, y, _ in places) / max(len(places), 1)
+    for i, (name, (x, y, residual)) in enumerate(zip(points, places, strict=True)):
         off = residual > VISIBLE_RESIDUAL * _extent([(x, y, residual)])
         marker = MARKERS[i % len(MARKERS)]
         ax.plot(x, y, marker, color="white", markeredgecolor="black", markersize=8, zorder=5)
-        # Towards the middle sideways, away from it upward, but not over the edge.
+        # Towards the middle sideways, away from the other points upward, but not over the edge.
         rightward, height = x < (left + right) / 2, (y - bottom) / (top - bottom)
-        upward = 0.5 <= height < 0.85 or height < 0.15
+        upward = height < 0.85 and (y > middle or height < 0.15)
         ax.annotate(
             f"{name}\n{residual:.2g} off the plane" if off else name,
             (x, y),

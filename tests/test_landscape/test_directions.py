@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from hessian import Objective, Operator, leading_eigenspace
+from hessian import Objective, Operator, hessian_operator, leading_eigenspace
 from landscape import (
     Directions,
+    Plane,
     difference_directions,
     eigenvector_directions,
+    evaluate,
+    grid,
     orthogonalized,
+    principal_components,
     random_directions,
 )
 from tests.cases import seeded
@@ -97,6 +101,32 @@ def test_a_direction_covers_parameters_and_no_buffer(net):
     assert not any(
         d.any() for name, d in parts(net, directions.vectors[0]).items() if "norm" in name
     )
+
+
+def batch_norm_directions(objective, w):
+    """Two directions of every kind around the weights of a model with batch norm."""
+    operator = hessian_operator(objective, w)
+    points = w + torch.randn(5, len(w), generator=torch.Generator().manual_seed(1)).double()
+    yield random_directions(objective)
+    yield eigenvector_directions(leading_eigenspace(operator, k=2, which="both", tol=1e-3))
+    yield principal_components(points).directions
+    yield difference_directions(w, {"b": points[0], "c": points[1]})
+
+
+def test_a_model_with_batch_norm_has_a_finite_loss_along_every_direction():
+    """Directions over buffers would give negative variances, and NaN nearly everywhere."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
+                              nn.Linear(12, 2)).eval()
+    )  # fmt: skip
+    x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, torch.arange(8) % 2))
+    w = objective.weights()
+    axis = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    for directions in batch_norm_directions(objective, w):
+        assert directions.size == len(w)
+        found = evaluate(objective, Plane.along(w, directions), grid(axis, axis))
+        assert found.num_nonfinite == 0, directions.kind
 
 
 def test_the_layout_is_that_of_the_objective():
