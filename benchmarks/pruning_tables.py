@@ -134,7 +134,7 @@ PLANS = {
     ),
     # At most 250 products. The settings are those chosen for LeNet-300-100.
     "lenet-5": Plan(
-        replace(MLP, model="lenet-5", lr=0.05, epochs=4, channels_last=True),
+        replace(MLP, model="lenet-5", lr=0.05, epochs=4, schedule="step:at=3", channels_last=True),
         (
             "krylov:temperature=4,preconditioner=rows,products=17",
             *BASELINES,

@@ -8,10 +8,13 @@ import typer
 import flatvalley
 from flatvalley.checkpoints import StorageError
 from flatvalley.commands.compare import compare
+from flatvalley.commands.connect import connect
+from flatvalley.commands.plane import plane
 from flatvalley.commands.prune import prune
 from flatvalley.commands.published import published
 from flatvalley.commands.refusals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from flatvalley.commands.spectrum import spectrum
+from flatvalley.commands.surface import surface
 from flatvalley.commands.train import train
 from flatvalley.commands.verify import verify
 from hessian import DamagedFileError, NonFiniteError, SecondDerivativeError
@@ -21,7 +24,7 @@ app = typer.Typer(
     help="Hessian, loss landscape and directional pruning of neural networks.",
     pretty_exceptions_enable=False,
 )
-for command in (verify, train, spectrum, prune, compare, published):
+for command in (verify, train, spectrum, prune, compare, published, connect, plane, surface):
     app.command()(command)
 
 

@@ -16,7 +16,15 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 Work = Callable[..., None]
 """Called with a job's arguments and ``progress=``, a function of (done, total)."""
@@ -42,13 +50,7 @@ def run_jobs(
     """
     if workers < 1:
         raise ValueError(f"`workers` must be at least 1, got {workers}.")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as bars:
+    with Progress(*_columns(), console=console) as bars:
         tasks = {name: bars.add_task(name, total=None, start=False) for name in jobs}
 
         def show(name: str, done: int, total: int) -> None:
@@ -61,6 +63,29 @@ def run_jobs(
                 work(*arguments, progress=_throttled(partial(show, name)))
         elif jobs:
             _spread(work, jobs, min(workers, len(jobs)), show)
+
+
+@contextmanager
+def bars(console: Console, *names: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """Yield a function of (done, total) for each name, which moves its bar with the time left."""
+    with Progress(*_columns(), console=console) as shown:
+        tasks = [shown.add_task(name, total=None, start=False, visible=False) for name in names]
+
+        def show(task: TaskID, done: int, total: int) -> None:
+            if not shown.tasks[task].started:
+                shown.start_task(task)
+            shown.update(task, completed=done, total=total, visible=True)
+
+        yield [_throttled(partial(show, task)) for task in tasks]
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
 
 
 def _spread(

@@ -1,0 +1,107 @@
+"""``flatvalley connect``: the loss between two networks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flatvalley.commands.landscape_options import (
+    Criterion,
+    Data,
+    Device,
+    Model,
+    Network,
+    Norm,
+    Samples,
+    Workers,
+)
+from flatvalley.commands.refusals import at_the_door, files_wanted, refusals
+from flatvalley.run import Run
+from flatvalley.studies.connect import CURVES, ConnectConfig, connect_tables
+from flatvalley.studies.connect import connect as run_connect
+from flatvalley.studies.connect_report import (
+    console_summary,
+    draw_connection,
+    summary,
+    write_connect_report,
+)
+from flatvalley.studies.landscape_networks import (
+    OwnModel,
+    find_network,
+    load_networks,
+    short_names,
+)
+from flatvalley.user_code import importable_from
+from flatvalley.workers import bars
+
+
+def connect(
+    a: Network,
+    b: Network,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="Another network: the line from A to it is drawn as well. Repeatable."),
+    ] = None,
+    curve: Annotated[str, typer.Option(help=f"One of {', '.join(CURVES)}.")] = "bezier",
+    bends: Annotated[int, typer.Option(help="Points of the curve that are trained.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Of the curve's training; 0 for no curve.")] = 30,
+    lr: Annotated[float, typer.Option(help="Learning rate of that.")] = 0.1,
+    points: Annotated[int, typer.Option(help="On each path, both ends among them.")] = 61,
+    keep_zeros: Annotated[
+        bool, typer.Option(help="Weights that are zero at both ends stay zero on the curve.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the curve's training.")] = 0,
+    samples: Samples = None,
+    batch_norm: Norm = "recompute",
+    workers: Workers = 1,
+    model: Model = None,
+    data: Data = None,
+    criterion: Criterion = None,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("runs/connect"),
+) -> None:
+    """Measure the loss on the line and on a trained curve between two networks.
+
+    Where B is sparser than A, the line from A to A pruned by magnitude to the same sparsity is a
+    control. Goes on where it was stopped. Exit status: 0 if it is done, 2 for a mistake in the
+    options, the networks or the folder, 3 if the curve's training does not stay finite, 130 if
+    interrupted.
+    """
+    console = Console()
+    with importable_from(Path.cwd()):
+        with at_the_door(), files_wanted():
+            config = ConnectConfig(
+                curve,
+                bends,
+                epochs,
+                lr,
+                points,
+                keep_zeros,
+                seed,
+                samples,
+                batch_norm,
+            )
+            own = OwnModel(model, data, criterion)
+            places = [a, b, *(control or [])]
+            sources = [find_network(place, own, device=device) for place in places]
+            networks = load_networks(sources, samples=samples)
+            identity = {"networks": [source.identity for source in sources]} | vars(config)
+            run = Run(out, "connect", identity)
+        with refusals(), bars(console, "curve", "points") as (trains, measures):
+            findings = run_connect(
+                run,
+                networks,
+                short_names(sources, places),
+                config,
+                workers=workers,
+                trains=trains,
+                measures=measures,
+            )
+    for name, rows in connect_tables(findings).items():
+        run.write_table(name, rows)
+    run.finish(summary(findings))
+    with console.status("Drawing the figures and writing the report"):
+        report = write_connect_report(findings, run, draw_connection(findings, run))
+    console.print(console_summary(findings))
+    console.print(f"Report: {report}", soft_wrap=True, highlight=False)
