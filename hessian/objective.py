@@ -3,8 +3,9 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,8 @@ from hessian.flat_weights import FlatWeights
 from hessian.loss_statistics import LossStatistics
 from hessian.parameters import Selection
 from hessian.rank_data import Places, Split, rank_share
+
+T = TypeVar("T")
 
 Regularizer = Callable[[dict[str, Tensor]], Any]
 """A scalar tensor from the selected weights by name, in their shapes."""
@@ -152,9 +155,21 @@ class Objective(FlatWeights):
         """Return the model's output on a batch at weights w; differentiable in w."""
         return self._output_at(self.unflatten(w), batch)
 
-    def output_at(self, weights: dict[str, Tensor], batch: Batch) -> Any:
-        """Return the model's output on a batch for the weights by name."""
-        return self._output_at(weights, batch)
+    def run_at(self, weights: dict[str, Tensor], work: Callable[[Callable[[Batch], Any]], T]) -> T:
+        """Return ``work(output)``, where ``output(batch)`` is the model's output at these weights.
+
+        The weights are put in once, for however many batches: for a small network that takes
+        longer than a forward pass.
+        """
+        values = self._in_all_places(weights) | self._buffers
+        inside = {f"model.{name}": value for name, value in values.items()}
+        found: T = functional_call(
+            _Holder(self.model),
+            inside,
+            (lambda model: work(partial(self._output_of, model)),),
+            tie_weights=False,
+        )
+        return found
 
     def with_buffers(self, buffers: Mapping[str, Tensor]) -> "Objective":
         """Return this objective with other buffers, such as running statistics that fit other w.
@@ -338,6 +353,10 @@ class Objective(FlatWeights):
         losses = self.sample_losses(w)
         return LossStatistics(len(losses), float(losses.sum()), float(losses.square().sum()))
 
+    def _output_of(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's output with the weights that are in it."""
+        return model(**batch) if isinstance(batch, Mapping) else model(*batch[:-1])
+
     def _output_at(self, weights: dict[str, Tensor], batch: Batch) -> Any:
         inputs = ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch[:-1]), None)
         # Tied weights are put in here: torch would put two in a module that is registered twice,
@@ -361,6 +380,17 @@ class Objective(FlatWeights):
         with torch.no_grad():
             penalty = float(self.regularization(w))
         return finite_loss(totals, self.normalizer, penalty, self.unflatten(w.detach()))
+
+
+class _Holder(nn.Module):
+    """Runs any work on a model inside a forward pass, and so inside ``functional_call``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        return work(self.model)
 
 
 def _gradient(total: Tensor, w: Tensor) -> Tensor:

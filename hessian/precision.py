@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessian.batches import Batch, map_tensors
 from hessian.objective import Objective
@@ -90,6 +90,15 @@ class _InBFloat16(Objective):
         # Without the cache, because a kept graph outlives it.
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             output = super()._output_at(weights, batch)
+        return self._whole(output)
+
+    def _output_of(self, model: nn.Module, batch: Batch) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            output = super()._output_of(model, batch)
+        return self._whole(output)
+
+    def _whole(self, output: Any) -> Any:
+        """The output in the type of the weights."""
         if hasattr(output, "to_tuple"):  # a ModelOutput, made for this call
             for name, part in list(output.items()):
                 output[name] = map_tensors(part, self._widened)

@@ -1,9 +1,12 @@
 """The ground between solutions: paths, planes and trajectories, evaluated and drawn."""
 
+from landscape.adaptive import AdaptiveSurface, adaptive_surface
 from landscape.alignment import Alignment, align
-from landscape.barrier import Barrier, Excess, barrier
+from landscape.bands import Band, simultaneous_band
+from landscape.barrier import Barrier, BarrierTable, Excess, barrier, barrier_table
 from landscape.batch_norm import BatchNorm
 from landscape.connect import ConnectedCurve, train_bezier, train_curve
+from landscape.curvature import curvature_share
 from landscape.directions import (
     Directions,
     difference_directions,
@@ -65,8 +68,11 @@ from landscape.trajectory import (
 from landscape.zero_one import zero_one_loss
 
 __all__ = [
+    "AdaptiveSurface",
     "Alignment",
+    "Band",
     "Barrier",
+    "BarrierTable",
     "BatchNorm",
     "BatchNormWarning",
     "BezierCurve",
@@ -91,8 +97,11 @@ __all__ = [
     "RunNorms",
     "Sweep",
     "Trajectory",
+    "adaptive_surface",
     "align",
     "barrier",
+    "barrier_table",
+    "curvature_share",
     "difference_directions",
     "eigenvector_directions",
     "evaluate",
@@ -127,6 +136,7 @@ __all__ = [
     "save_figure",
     "save_sweep",
     "share_in_subspace",
+    "simultaneous_band",
     "surface_html",
     "sweep",
     "train_bezier",

@@ -21,6 +21,7 @@ class Combination:
 
     vectors: tuple[Tensor, ...]
     coefficients: Callable[[Tensor], tuple[float, ...]]
+    is_line: bool = False
 
 
 def as_combination(path: Path | Plane) -> Combination | None:
@@ -28,7 +29,7 @@ def as_combination(path: Path | Plane) -> Combination | None:
     if isinstance(path, Plane):
         return Combination((path.origin, path.u, path.v), lambda p: (1.0, *p.tolist()))
     if isinstance(path, Line):
-        return Combination((path.start, path.end), lambda p: (1.0 - float(p), float(p)))
+        return Combination((path.start, path.end), lambda p: (1.0 - float(p), float(p)), True)
     if isinstance(path, BezierCurve | PolyChain):
         points: BezierCurve | PolyChain = path
         return Combination(
@@ -39,18 +40,26 @@ def as_combination(path: Path | Plane) -> Combination | None:
 
 
 def write_weights_(
-    out: Tensor, path: Path | Plane, combination: Combination | None, point: Tensor
+    out: Tensor, combination: Combination, point: Tensor, entries: slice = slice(None)
 ) -> None:
     """Write the weights at a point; each point from the origin, never from its neighbour.
 
     Terms of coefficient zero are left out, so that ends and origin are met to the last bit.
+
+    Args:
+        out: The flat buffer, shape [d].
+        combination: Of the path or plane.
+        point: Where.
+        entries: Which entries of the buffer are written.
     """
-    if isinstance(path, Line):  # entries in which both ends agree stay what they are
-        _write_line_(out, path, float(point))
-    elif combination is None:
-        out.copy_(path(float(point)))
+    coefficients = combination.coefficients(point)
+    terms = tuple(v[entries] for v in combination.vectors)
+    if combination.is_line and 0.0 not in coefficients:
+        # Entries in which both ends agree stay what they are.
+        start, end = terms
+        torch.lerp(start, end, coefficients[1], out=out[entries])
     else:
-        combine_(out, combination.vectors, combination.coefficients(point))
+        combine_(out[entries], terms, coefficients)
 
 
 def combine_(out: Tensor, terms: tuple[Tensor, ...], coefficients: tuple[float, ...]) -> None:
@@ -78,12 +87,3 @@ def describe_path(path: Path | Plane) -> dict[str, Any]:
     elif isinstance(path, BezierCurve | PolyChain):
         found["control_points"] = len(path.control_points)
     return found
-
-
-def _write_line_(out: Tensor, line: Line, t: float) -> None:
-    if t == 0:
-        out.copy_(line.start)
-    elif t == 1:
-        out.copy_(line.end)
-    else:
-        torch.lerp(line.start, line.end, t, out=out)

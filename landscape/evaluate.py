@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path as FilePath
@@ -173,43 +173,86 @@ def sweep(
         >>> found["objective", "gradient_norm"].mean
         tensor([0., 2., 4.], dtype=torch.float64)
     """
-    named = {"objective": objectives} if isinstance(objectives, Objective) else dict(objectives)
+    named = as_named(objectives)
     points = torch.as_tensor(ts, dtype=torch.float64, device="cpu").detach()
     in_plane = isinstance(path, Plane)
     _require_points(points, in_plane)
-    first = _require_alike(named)
+    columns = tuple((name, metric) for name in named for metric in metrics)
+    sums, provenance = measured(
+        named,
+        path,
+        points.reshape(-1, 2) if in_plane else points,
+        metrics,
+        as_batch_norm(batch_norm),
+        width=(len(columns), 3),
+        speed=speed,
+        precision=precision,
+        folder=folder,
+        workers=workers,
+        group=group,
+        progress=progress,
+    )
+    shape = points.shape[:-1] if in_plane else points.shape
+    table = sums.permute(1, 2, 0).reshape(len(columns), 3, *shape)
+    return Sweep(points, columns, table, provenance)
+
+
+def measured(
+    objectives: Mapping[str, Objective],
+    path: Path | Plane,
+    rows: Tensor,
+    metrics: Sequence[str],
+    policy: BatchNorm,
+    *,
+    width: tuple[int, ...],
+    speed: Speed | Plan = "auto",
+    precision: str = "full",
+    folder: str | FilePath | None = None,
+    workers: int = 1,
+    group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return what a meter says of every point, shape [m, *width], and how that was made."""
+    first = _require_alike(objectives)
     chosen = require_metrics(metrics)
-    policy = as_batch_norm(batch_norm)
-    _require_options(named, chosen, policy, workers, group)
-    for objective in named.values():
-        require_fixed_modules(objective.model)
-    if policy.kind == "frozen":
-        warn_about_batch_norm(first)
-    rows = points.reshape(-1, 2) if in_plane else points
-    recipe = {"objectives": named, "path": path, "metrics": chosen, "policy": policy}
+    _require_options(objectives, chosen, policy, workers, group)
+    require_fixed_modules(first.model)
+    # Other layers with running statistics, such as instance norm, have no policy.
+    warn_about_batch_norm(first, {} if policy.kind == "frozen" else batch_norm_layers(first.model))
+    recipe = {"objectives": objectives, "path": path, "metrics": chosen, "policy": policy}
     ranks = Ranks(group, first.device)
-    kept = FilePath(folder) if folder is not None else None
-    about = identity(named, path, rows, chosen, policy, precision) if kept is not None else {}
-    shards = Shards(kept, about)
+    about: dict[str, Any] = {}
+    if folder is not None:
+        about = identity(objectives, path, rows, chosen, policy, precision)
+        about["numbers of a point"] = list(width)
+    shards = Shards(None if folder is None else FilePath(folder), about)
     base = Plan(precision=_require_precision(precision), threads=_threads(workers))
     plan = _agreed(ranks, lambda: _plan(recipe, rows, speed, base, shards))
     shards.begin(plan.as_json())
     with threads(plan.threads):
-        sums = measure_all(
-            recipe | {"plan": plan}, rows, shards, workers=workers, ranks=ranks, progress=progress
+        numbers = measure_all(
+            recipe | {"plan": plan},
+            rows,
+            shards,
+            width=width,
+            workers=workers,
+            ranks=ranks,
+            progress=progress,
         )
-    shape = points.shape[:-1] if in_plane else points.shape
-    columns = tuple((name, metric) for name in named for metric in chosen)
-    table = sums.permute(1, 2, 0).reshape(len(columns), 3, *shape)
-    return Sweep(points, columns, table, _provenance(named, path, policy, plan))
+    return numbers, _provenance(objectives, path, policy, plan)
 
 
-def warn_about_batch_norm(objective: Objective) -> None:
-    """Warn, naming the layers, if the model normalises by running statistics."""
+def as_named(objectives: Objective | Mapping[str, Objective]) -> dict[str, Objective]:
+    """Return objectives by name; a single one is called ``"objective"``."""
+    return {"objective": objectives} if isinstance(objectives, Objective) else dict(objectives)
+
+
+def warn_about_batch_norm(objective: Objective, renewed: Container[str] = ()) -> None:
+    """Warn, naming the layers, if the model normalises by statistics that are not renewed."""
     names = [
         name or type(module).__name__
         for name, module in objective.model.named_modules()
-        if isinstance(getattr(module, "running_mean", None), Tensor)
+        if isinstance(getattr(module, "running_mean", None), Tensor) and name not in renewed
     ]
     if names:
         listed = f"`{names[0]}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from hessian.batches import Batch, first_samples
 from hessian.objective import Objective
@@ -25,15 +26,19 @@ class FirstLayer:
 
     name: str
     module: nn.Module
+    alone: bool = False
+    """Whether nothing else in the model uses its weights."""
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of its parameters."""
+        own = self.module.named_parameters(recurse=False)
+        return [f"{self.name}.{leaf}".lstrip(".") for leaf, _ in own]
 
     def weights(self, objective: Objective, v: Tensor) -> dict[str, Tensor]:
         """Its part of a flat vector."""
         parts = objective.unflatten(v)
-        return {
-            leaf: parts[f"{self.name}.{leaf}".lstrip(".")]
-            for leaf, own in self.module.named_parameters(recurse=False)
-            if own is not None
-        }
+        return {name.rpartition(".")[2]: parts[name] for name in self.names}
 
 
 def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
@@ -65,16 +70,16 @@ def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
     if not all(runs):
         return None
     (module, seen), (_, again) = runs[0][0], runs[1][0]
-    names = [f"{modules[module]}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters()]
+    layer = FirstLayer(modules[module], module)
     suits = (
         type(module) in AFFINE
         and sum(each is module for each, _ in runs[0]) == 1
-        and all(name in objective.shapes for name in names)
+        and all(name in objective.shapes for name in layer.names)
         and seen is not None
         and again is not None
         and torch.equal(seen, again)
     )
-    return FirstLayer(modules[module], module) if suits else None
+    return replace(layer, alone=_is_alone(layer, objective, few)) if suits else None
 
 
 class ReusedOutputs:
@@ -118,13 +123,8 @@ class ReusedOutputs:
     @contextmanager
     def standing_in(self, i: int) -> Iterator[None]:
         """Let the layer return its output on batch i at the point, instead of computing it."""
-        out = self._output(i)
-        module = self._layer.module
-        module.forward = lambda *_: out
-        try:
+        with _standing_in(self._layer.module, self._output(i)):
             yield
-        finally:
-            del module.forward
 
     def _output(self, i: int) -> Tensor:
         # All terms but the last are the same along a row of a grid, and are kept.
@@ -171,6 +171,34 @@ def _input_of(module: nn.Module, objective: Objective, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     return seen[0]
+
+
+def _is_alone(layer: FirstLayer, objective: Objective, batch: Batch) -> bool:
+    """Whether the model's output stays what it is when only the layer's weights change."""
+    w = objective.weights()
+    weights = objective.unflatten(w)
+    changed = weights | {name: torch.full_like(weights[name], torch.nan) for name in layer.names}
+    outputs: list[Any] = []
+    with torch.no_grad():
+        inputs = _input_of(layer.module, objective, batch)
+        first = functional_call(layer.module, layer.weights(objective, w), inputs)
+        for each in (weights, changed):
+            with _standing_in(layer.module, first.clone()):
+                found = objective.run_at(each, lambda output: output(batch))
+            outputs += tree_leaves(found)
+    half = len(outputs) // 2
+    pairs = zip(outputs[:half], outputs[half:], strict=True)
+    return all(isinstance(a, Tensor) and torch.equal(a, b) for a, b in pairs)
+
+
+@contextmanager
+def _standing_in(module: nn.Module, out: Tensor) -> Iterator[None]:
+    """Let a module return this instead of running."""
+    module.forward = lambda *_: out
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _holds_state(module: nn.Module) -> bool:

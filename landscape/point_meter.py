@@ -1,6 +1,6 @@
 """Every metric of every objective at one point after the other, through one flat buffer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -80,6 +80,9 @@ class PointMeter:
         self._kernels = self._channels_last_kernels() if plan.channels_last else {}
         self._weights = {**self._views, **self._kernels}
         layer = self._first_layer(first) if plan.reuse_first_layer else None
+        self._written = [slice(0, first.size)]
+        if layer is not None and layer.alone and set(metrics) <= set(PER_SAMPLE):
+            self._written = _entries_without(first, layer.names)
         self._data = {
             name: _PreparedData(self, objective, plan, layer, limit)
             for name, objective in self._objectives.items()
@@ -115,26 +118,21 @@ class PointMeter:
             if any(metric not in PER_SAMPLE for metric in self._metrics):
                 found |= self._of_derivatives(objective)
             rows += [found[metric] for metric in self._metrics]
-        table = torch.stack(rows)
-        broken = ~torch.isfinite(table).all(dim=1)
-        table[broken, 1:] = torch.nan
-        return table
+        return without_infinities(torch.stack(rows))
 
-    def sample_losses(self, point: Tensor) -> dict[str, Tensor]:
-        """Return every sample's loss at a point, in the order of the data, float64 on the CPU."""
+    def samples(self, point: Tensor) -> Tensor:
+        """Return every sample's value of one column after the other, float64 on the CPU.
+
+        Samples are in the order of the data. For metrics that are means over samples.
+        """
         self._move_to(point)
-        found = {}
+        parts = []
         for name, objective in self._objectives.items():
             if objective.ranks.size > 1:
-                found[name] = objective.sample_losses(self._w).cpu()
-                continue
-            with self._statistics.forward_mode(), torch.no_grad():
-                parts = [
-                    objective.sample_losses_from_output(output, batch).to(torch.float64)
-                    for output, batch in self._data[name].outputs()
-                ]
-            found[name] = torch.cat(parts).cpu() * _scale(objective)
-        return found
+                parts.append(objective.sample_losses(self._w))
+            else:
+                parts += self._values(name, objective).values()
+        return torch.cat(parts).cpu()
 
     def _move_to(self, point: Tensor) -> None:
         if self._combination is None:
@@ -143,7 +141,8 @@ class PointMeter:
             self._w.copy_(w)
             coefficients = None
         else:
-            write_weights_(self._w, self._path, self._combination, point)
+            for entries in self._written:
+                write_weights_(self._w, self._combination, point, entries)
             coefficients = self._combination.coefficients(point)
         for name, kernel in self._kernels.items():
             kernel.copy_(self._views[name])
@@ -152,30 +151,32 @@ class PointMeter:
         self._statistics.begin_(float(point) if point.ndim == 0 else None)
         if self._normalisers is not None:
             with self._statistics.gathering() as gathering:
-                for _ in self._normalisers.outputs(before=gathering.next_batch):
-                    pass
+                self._normalisers.visit(before=gathering.next_batch)
 
     def _of_samples(self, name: str, objective: Objective) -> dict[str, Tensor]:
-        """Loss and error from one forward pass."""
-        sums: dict[str, list[Tensor]] = {
-            metric: [] for metric in PER_SAMPLE if metric in self._metrics
+        return {metric: sums(values) for metric, values in self._values(name, objective).items()}
+
+    def _values(self, name: str, objective: Objective) -> dict[str, Tensor]:
+        """Every sample's loss and error from one forward pass, in the order of the metrics."""
+        found: dict[str, list[Tensor]] = {
+            metric: [] for metric in self._metrics if metric in PER_SAMPLE
         }
+
+        def take(output: Any, batch: Batch) -> None:
+            for metric, parts in found.items():
+                if metric == "loss":
+                    values = objective.sample_losses_from_output(output, batch)
+                    parts.append(values.to(torch.float64))
+                else:
+                    parts.append(_errors(output, batch).to(torch.float64))
+
         with self._statistics.forward_mode(), torch.no_grad():
-            for output, batch in self._data[name].outputs():
-                for metric, parts in sums.items():
-                    values = (
-                        objective.sample_losses_from_output(output, batch)
-                        if metric == "loss"
-                        else _errors(output, batch)
-                    ).to(torch.float64)
-                    parts.append(torch.stack([values.sum(), values.square().sum()]))
-        found = {}
-        for metric, parts in sums.items():
-            total = torch.stack(parts).sum(dim=0).cpu()
-            scale = _scale(objective) if metric == "loss" else 1.0
-            total = total * torch.tensor([scale, scale**2], dtype=torch.float64)
-            found[metric] = torch.cat([total.new_tensor([objective.num_samples]), total])
-        return found
+            self._data[name].visit(take)
+        whole = {metric: torch.cat(parts) for metric, parts in found.items()}
+        if "loss" in whole and objective.normalizer != objective.num_samples:
+            # What makes the mean over samples the loss, where they count unevenly.
+            whole["loss"] *= objective.num_samples / objective.normalizer
+        return whole
 
     def _shared_loss(self, objective: Objective) -> Tensor:
         """The loss of an objective whose batches are spread over ranks."""
@@ -267,18 +268,22 @@ class _PreparedBatches:
         if self._reused is not None and coefficients is not None:
             self._reused.move_to(coefficients)
 
-    def outputs(
-        self, before: Callable[[Batch], None] = lambda batch: None
-    ) -> Iterator[tuple[Any, Batch]]:
-        """Iterate over (output, batch); gradients are not recorded."""
-        weights = self._meter._weights
-        with torch.no_grad():
+    def visit(
+        self,
+        take: Callable[[Any, Batch], None] = lambda output, batch: None,
+        before: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
+        """Hand the output on every batch on; gradients are not recorded."""
+
+        def work(output: Callable[[Batch], Any]) -> None:
             for i, batch in enumerate(self._batches):
                 before(batch)
-                stand_in = nullcontext() if self._reused is None else self._reused.standing_in(i)
-                with stand_in:
-                    output = self._objective.output_at(weights, batch)
-                yield output, batch
+                with nullcontext() if self._reused is None else self._reused.standing_in(i):
+                    found = output(batch)
+                take(found, batch)
+
+        with torch.no_grad():
+            self._objective.run_at(self._meter._weights, work)
 
 
 class _PreparedData(_PreparedBatches):
@@ -303,6 +308,18 @@ class _PreparedData(_PreparedBatches):
             self._batches = data
 
 
+def without_infinities(table: Tensor) -> Tensor:
+    """Make sums NaN that are not finite, in a table with count, sum and sum of squares as rows."""
+    broken = ~torch.isfinite(table).all(dim=-1)
+    table[..., 1:][broken] = torch.nan
+    return table
+
+
+def sums(values: Tensor) -> Tensor:
+    """Return count, sum and sum of squares of every sample's value, on the CPU."""
+    return torch.stack([values.new_tensor(len(values)), values.sum(), values.square().sum()]).cpu()
+
+
 def require_metrics(metrics: Sequence[str]) -> tuple[Metric, ...]:
     """Return the metrics, if all are known and none is named twice.
 
@@ -316,6 +333,21 @@ def require_metrics(metrics: Sequence[str]) -> tuple[Metric, ...]:
     if not metrics or len(set(metrics)) < len(metrics):
         raise ValueError(f"`metrics` must name each metric once, got {list(metrics)}.")
     return tuple(metrics)  # type: ignore[arg-type]
+
+
+def _entries_without(objective: Objective, names: Sequence[str]) -> list[slice]:
+    """The entries of the flat vector that belong to other parameters."""
+    found: list[slice] = []
+    start = 0
+    for name, shape in objective.shapes.items():
+        end = start + shape.numel()
+        if name not in names:
+            if found and found[-1].stop == start:
+                found[-1] = slice(found[-1].start, end)
+            else:
+                found.append(slice(start, end))
+        start = end
+    return found
 
 
 def _first(batches: list[Batch], limit: int) -> list[Batch]:
@@ -340,11 +372,6 @@ def _errors(output: Any, batch: Batch) -> Tensor:
     wrong = zero_one_loss(output, batch[-1]).reshape(len(output), -1).mean(dim=1)
     finite = torch.isfinite(output).reshape(len(output), -1).all(dim=1)
     return torch.where(finite, wrong, torch.nan)
-
-
-def _scale(objective: Objective) -> float:
-    """What makes the mean over samples the loss, where they count unevenly."""
-    return objective.num_samples / objective.normalizer
 
 
 def _channels_last(batch: Batch) -> Batch:

@@ -97,7 +97,7 @@ def checksum(*tensors: Tensor) -> str:
     for tensor in tensors:
         found.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(memoryview(flat.view(torch.uint8).numpy()))
+        found.update(flat.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:32]
 
 

@@ -27,11 +27,12 @@ def measure_all(
     points: Tensor,
     shards: Shards,
     *,
+    width: tuple[int, ...],
     workers: int,
     ranks: Ranks,
     progress: Progress | None,
 ) -> Tensor:
-    """Return the meter's numbers at every point, shape [m, columns, 3].
+    """Return the meter's numbers at every point, shape [m, *width].
 
     Every point is measured by itself, so it does not matter who does it.
 
@@ -39,12 +40,13 @@ def measure_all(
         recipe: Of the meter.
         points: One a row.
         shards: Where finished points are kept.
+        width: Shape of the numbers of a point: [columns, 3] for sums, one number for each sample
+            of each column otherwise.
         workers: Processes; with 1, this one.
         ranks: That share the points; each takes every so manyth chunk.
         progress: Called after every point, with several processes after every chunk.
     """
-    columns = len(recipe["objectives"]) * len(recipe["metrics"])
-    sums = torch.zeros(len(points), columns, 3, dtype=torch.float64)
+    sums = torch.zeros(len(points), *width, dtype=torch.float64)
     pieces = list(range(0, len(points), CHUNK))
     own = [k for k in range(len(pieces)) if k % ranks.size == ranks.rank]
     total = sum(len(points[pieces[k] : pieces[k] + CHUNK]) for k in own)
@@ -68,9 +70,9 @@ def measure_all(
                 add(len(part))
         todo = {k: points[pieces[k] : pieces[k] + CHUNK] for k in missing}
         found = (
-            _here(recipe, todo, add)
+            _here(recipe, todo, add, len(width) == 1)
             if workers == 1 or len(todo) < 2
-            else _elsewhere(recipe, todo, min(workers, len(todo)), add)
+            else _elsewhere(recipe, todo, min(workers, len(todo)), add, len(width) == 1)
         )
         for k, part in found:
             sums[pieces[k] : pieces[k] + CHUNK] = part
@@ -95,7 +97,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def _here(
-    recipe: Recipe, todo: Mapping[int, Tensor], add: Callable[[int], None]
+    recipe: Recipe, todo: Mapping[int, Tensor], add: Callable[[int], None], samples: bool
 ) -> Iterator[tuple[int, Tensor]]:
     if not todo:
         return
@@ -103,13 +105,17 @@ def _here(
     for k, points in todo.items():
         parts = []
         for point in points:
-            parts.append(meter.measure(point))
+            parts.append(meter.samples(point) if samples else meter.measure(point))
             add(1)
         yield k, torch.stack(parts)
 
 
 def _elsewhere(
-    recipe: Recipe, todo: Mapping[int, Tensor], workers: int, add: Callable[[int], None]
+    recipe: Recipe,
+    todo: Mapping[int, Tensor],
+    workers: int,
+    add: Callable[[int], None],
+    samples: bool,
 ) -> Iterator[tuple[int, Tensor]]:
     try:
         sent = pickle.dumps(dict(recipe))
@@ -123,10 +129,10 @@ def _elsewhere(
         workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(sent,)
     )
     try:
-        jobs = {pool.submit(_serve, points.tolist()): k for k, points in todo.items()}
+        jobs = {pool.submit(_serve, points.tolist(), samples): k for k, points in todo.items()}
         for job in as_completed(jobs):
             k = jobs[job]
-            yield k, torch.tensor(job.result(), dtype=torch.float64)
+            yield k, torch.from_numpy(job.result())
             add(len(todo[k]))
     except BrokenProcessPool as error:
         raise RuntimeError(
@@ -148,8 +154,8 @@ def _begin(sent: bytes) -> None:
     _METER.append(PointMeter(**recipe))
 
 
-def _serve(points: list[Any]) -> list[Any]:
-    """Numbers, not tensors, which would need shared memory on the way."""
+def _serve(points: list[Any], samples: bool) -> Any:
+    """Numbers of NumPy, not tensors, which would need shared memory on the way."""
+    measure = _METER[0].samples if samples else _METER[0].measure
     rows = torch.tensor(points, dtype=torch.float64)
-    found: list[Any] = torch.stack([_METER[0].measure(row) for row in rows]).tolist()
-    return found
+    return torch.stack([measure(row) for row in rows]).numpy()

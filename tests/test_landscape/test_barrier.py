@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from landscape import BatchNormWarning, Line, barrier, evaluate
+from hessian import Objective, Operator
+from landscape import BatchNormWarning, Line, barrier, barrier_table, curvature_share, evaluate
 
 
 @pytest.fixture
@@ -109,3 +111,113 @@ def test_progress_and_too_few_points(formula_objective, wells):
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(ValueError, match=r"`num_points` must be at least 3 .* got 2"):
         barrier(objective, LINE, num_points=2)
+
+
+def test_the_interval_holds_the_height_and_its_place(formula_objective, wells):
+    found = barrier(formula_objective(double_well, [0.0], wells), LINE).excess_over_chord
+    assert found.low < found.value < found.high
+    # All points move with the one height s, so the interval is that of a single mean.
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * found.standard_error, rel=0.03)
+    assert 0 < found.earliest < found.location < found.latest < 1
+    assert found.earliest == pytest.approx(1 - found.latest)
+    # s (w² − 1)² is above low of its peak s where (w² − 1)² is.
+    edge = 2 * found.earliest - 1
+    assert (edge**2 - 1) ** 2 * found.high >= found.low
+    narrow = barrier(formula_objective(double_well, [0.0], wells), LINE, confidence=0.5)
+    assert narrow.excess_over_chord.low > found.low
+
+
+def test_a_flat_path_shows_no_barrier_though_its_highest_point_is_above_zero(formula_objective):
+    """Losses that are noise, another draw at every t."""
+    x = torch.zeros(400, 1, dtype=torch.float64)
+    naive = shown = 0
+    for seed in range(8):
+        draws = torch.randn(
+            61, 400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+
+        def noise(w, x, draws=draws):
+            return draws[round(30 * float(w + 1))] + 3.0
+
+        found = barrier(formula_objective(noise, [0.0], x), LINE).excess_over_chord
+        naive += found.value > 1.96 * found.standard_error  # selected among 61
+        shown += found.low > 0
+        assert found.high > 0
+    assert shown <= 1 and naive >= 2  # one in twenty is allowed to be wrong
+
+
+def test_controls_losses_and_errors_come_in_one_table():
+    """Two classes on a line: the mirrored classifier is wrong everywhere but at its end."""
+    x = torch.tensor([[1.0], [2.0], [-1.0], [3.0]]).double()
+    y = torch.tensor([0, 0, 1, 0])
+    model = nn.Linear(1, 2, bias=False).double()
+    train = Objective(model, nn.CrossEntropyLoss(), (x, y), batch_size=3)
+    test = Objective(model, nn.CrossEntropyLoss(), (x[:2], y[:2]))
+    right = torch.tensor([1.0, -1.0]).double()
+    table = barrier_table(
+        {"train": train, "test": test},
+        Line(right, 3 * right),
+        controls={"mirrored": -right, "itself": Line(right, right)},
+        metrics=("loss", "error"),
+        num_points=5,
+    )
+    assert len(table.barriers) == 3 * 2 * 2
+    assert table["path", "train", "error"].excess_over_mean.value == 0
+    mirrored = table["mirrored", "train", "error"].evaluation
+    line = Line(right, -right)
+    for t, loss in zip(mirrored.points.tolist(), mirrored.mean.tolist(), strict=True):
+        wrong = train.output(line(t), (x, y)).argmax(dim=1) != y
+        assert loss == float(wrong.double().mean())
+    loss = table["mirrored", "test", "loss"]
+    assert loss.evaluation.mean[2] == pytest.approx(math.log(2))
+    assert table["itself", "test", "loss"].excess_over_chord.value == 0
+    rows = table.rows()
+    assert rows[0]["path"] == "path" and rows[-1]["objective"] == "test"
+    assert rows[-1]["over_chord_value"] == table["itself", "test", "error"].excess_over_chord.value
+    assert loss.evaluation.provenance["samples"] == {"train": 4, "test": 2}
+
+
+def test_a_killed_barrier_goes_on(tmp_path, formula_objective, wells):
+    calls = []
+
+    def counted(w, x):
+        calls.append(w)
+        return double_well(w, x)
+
+    objective = formula_objective(counted, [0.0], wells)
+
+    def stop(done, total):
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        barrier(objective, LINE, num_points=20, folder=tmp_path, progress=stop)
+    calls.clear()
+    found = barrier(objective, LINE, num_points=20, folder=tmp_path)
+    assert len(calls) == 12
+    whole = barrier(objective, LINE, num_points=20)
+    assert found.excess_over_mean == whole.excess_over_mean
+    assert torch.equal(found.evaluation.total, whole.evaluation.total)
+
+
+def test_bad_barrier_options_are_named(formula_objective, wells):
+    objective = formula_objective(double_well, [0.0], wells)
+    with pytest.raises(ValueError, match="`confidence` must be between 0 and 1, got 95"):
+        barrier(objective, LINE, confidence=95.0)
+    with pytest.raises(ValueError, match='`controls` must have other names than "path"'):
+        barrier_table(objective, LINE, controls={"path": LINE.end})
+
+
+def test_curvature_share_is_one_along_the_sharpest_direction_and_a_mean_without_preference():
+    values = torch.tensor([8.0, 2.0, -1.0]).double()
+    H = Operator.from_matrix(torch.diag(values))
+    e = torch.eye(3, dtype=torch.float64)
+    assert curvature_share(H, 5 * e[0], 8.0) == 1
+    assert curvature_share(H, e[2], 8.0) == -0.125
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)
+    mean = sum(curvature_share(H, s, 8.0) for s in signs) / 8
+    assert mean == pytest.approx(float(values.sum()) / (3 * 8))
+    with pytest.raises(ValueError, match="`direction` must have positive, finite length"):
+        curvature_share(H, 0 * e[0], 8.0)
+    with pytest.raises(ValueError, match="`largest` must hold a positive eigenvalue, got -1"):
+        curvature_share(H, e[0], -1.0)

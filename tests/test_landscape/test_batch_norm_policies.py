@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hessian import Objective
-from landscape import BatchNorm, Line, Plane, evaluate, grid, sweep
+from landscape import BatchNorm, BatchNormWarning, Line, Plane, evaluate, grid, sweep
 from tests.cases import seeded
 
 
@@ -176,6 +176,17 @@ def test_derivatives_are_taken_with_the_statistics_of_the_point(ends):
     nn.functional.cross_entropy(model(x), y).backward()
     norm = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).norm()
     assert_close(found["objective", "gradient_norm"].mean[0], norm)
+
+
+def test_instance_norm_is_frozen_under_every_policy_and_warned_about():
+    model = nn.Sequential(
+        nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3), nn.Flatten()
+    )
+    x = torch.ones(6, 3, 4).double()
+    objective = Objective(model.double().eval(), lambda o, t: (o**2).mean(dim=1), (x, x))
+    w = objective.weights()
+    with pytest.warns(BatchNormWarning, match="running statistics in `0`. They"):
+        evaluate(objective, Line(w, w + 1), [0.5])
 
 
 def test_bad_policies_are_named(ends):

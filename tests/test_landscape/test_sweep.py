@@ -105,16 +105,16 @@ def test_weights_in_the_buffer_are_the_paths_and_exact_at_its_ends(kind):
     points = POINTS.reshape(-1, 2) if kind == "plane" else torch.linspace(-0.5, 1.5, 9).double()
     out = torch.full((50,), torch.nan)
     for p in points:
-        write_weights_(out, path, as_combination(path), p)
+        write_weights_(out, as_combination(path), p)
         w = path(p) if kind == "plane" else path(float(p))
         assert_close(out, w, atol=1e-6, rtol=1e-6)
     ends = torch.zeros(2).double() if kind == "plane" else torch.tensor(0.0).double()
-    write_weights_(out, path, as_combination(path), ends)
+    write_weights_(out, as_combination(path), ends)
     assert torch.equal(out, a)
     if kind != "plane":
-        write_weights_(out, path, as_combination(path), torch.tensor(1.0).double())
+        write_weights_(out, as_combination(path), torch.tensor(1.0).double())
         assert torch.equal(out, b)
-    write_weights_(out, path, as_combination(path), points[3])
+    write_weights_(out, as_combination(path), points[3])
     assert torch.equal(out[:5], torch.zeros(5))  # zeros of all ends stay zero
 
 
@@ -166,6 +166,23 @@ def test_a_killed_surface_goes_on_and_ends_bit_identical(tmp_path, problem):
     criterion.calls = 0
     evaluate(objective, plane, points, folder=tmp_path)
     assert criterion.calls == 0
+
+
+def test_a_loss_of_zero_or_below_is_a_finished_point(tmp_path, formula_objective):
+    """Not a sentinel for "not computed", for which other tools take it."""
+    calls = []
+
+    def f(w, x):
+        calls.append(w)
+        return -w.abs() * torch.ones(len(x), dtype=w.dtype)
+
+    objective = formula_objective(f, [1.0])
+    line = Line(torch.tensor([0.0]).double(), torch.tensor([1.0]).double())
+    first = evaluate(objective, line, [0.0, 0.5, 1.0], folder=tmp_path)
+    assert first.mean.tolist() == [0.0, -0.5, -1.0] and first.num_nonfinite == 0
+    calls.clear()
+    again = evaluate(objective, line, [0.0, 0.5, 1.0], folder=tmp_path)
+    assert not calls and torch.equal(again.total, first.total)
 
 
 def test_a_damaged_shard_is_measured_again(tmp_path, problem):

@@ -1,0 +1,131 @@
+"""Surfaces from few points, against the dense surface of losses with a formula."""
+
+import warnings
+
+import pytest
+import torch
+
+from hessian.errors import ConvergenceWarning
+from landscape import Plane, adaptive_surface
+
+E = torch.eye(2, dtype=torch.float64)
+PLANE = Plane(torch.zeros(2).double(), E[0], E[1])
+XS, YS = torch.arange(-20, 21).double() / 20, torch.arange(31).double() / 15
+
+
+def dense(loss, x, xs=XS, ys=YS):
+    """The mean loss at every point, from the formula."""
+    return torch.stack([torch.stack([loss(torch.stack([a, b]), x).mean() for b in ys]) for a in xs])
+
+
+def bowl(w, x):
+    """Steep and lopsided; a different scale on each axis."""
+    return (torch.exp(2 * w[0]) + 30 * (w[1] - 0.7) ** 2 + 0.1) * (1 + x[:, 0] ** 2)
+
+
+def ridge(w, x):
+    """A wall across x, narrow beside the coarse grid, along all of y."""
+    return (1 + 4 * torch.exp(-((w[0] - 0.37) ** 2) / (2 * 0.07**2))) * (1 + x[:, 0] ** 2)
+
+
+@pytest.fixture
+def samples():
+    return torch.linspace(0, 1, 5, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("loss", [bowl, ridge])
+def test_the_dense_surface_is_met_within_the_error_reported(formula_objective, samples, loss):
+    objective = formula_objective(loss, [0.0, 0.0], samples)
+    found = adaptive_surface(objective, PLANE, XS, YS, seed=1, max_evaluations=400)
+    truth = dense(loss, samples)
+    deviations = torch.log(found.evaluation.mean / truth).abs()
+    assert found.converged and found.error <= 0.01
+    assert torch.quantile(deviations[~found.measured], 0.95) <= 0.01
+    assert found.num_evaluations == int(found.measured.sum()) <= 400
+    measured = found.measured
+    torch.testing.assert_close(found.evaluation.mean[measured], truth[measured])
+    assert torch.isnan(found.evaluation.standard_error[~measured]).all()
+    assert found.evaluation.provenance["interpolated points"] == int((~measured).sum())
+
+
+def test_lines_are_added_where_the_surface_bends(formula_objective, samples):
+    objective = formula_objective(ridge, [0.0, 0.0], samples)
+    found = adaptive_surface(objective, PLANE, XS, YS, seed=1, max_evaluations=400)
+    lines = (found.measured.double().mean(dim=1) > 0.15).nonzero()[:, 0]
+    near = ((XS[lines] - 0.37).abs() < 0.25).sum()
+    assert near > len(lines) / 3  # of an axis of length 2
+
+
+def test_an_exhausted_budget_says_what_was_reached(formula_objective, samples):
+    def rough(w, x):
+        return 2 + torch.sin(40 * w[0]) * torch.cos(40 * w[1]) + x[:, 0]
+
+    objective = formula_objective(rough, [0.0, 0.0], samples)
+    with pytest.warns(ConvergenceWarning, match=r"The surface is known to .* in log L"):
+        found = adaptive_surface(objective, PLANE, XS, YS)
+    true = torch.log(found.evaluation.mean / dense(rough, samples)).abs()[~found.measured]
+    assert not found.converged
+    assert found.error == pytest.approx(float(torch.quantile(true, 0.95)), rel=0.6)
+    assert found.num_evaluations <= 9 * 9 + 2 * 40
+
+
+def test_a_loss_of_zero_has_a_surface(formula_objective, samples):
+    """Zero at a line of the first grid, where the logarithm is not finite."""
+    objective = formula_objective(
+        lambda w, x: (w[0] ** 2 + w[1] ** 2) + 0 * x[:, 0], [0.0, 0.0], samples
+    )
+    xs = torch.arange(-20, 21).double() / 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = adaptive_surface(objective, PLANE, xs, xs, tol=0.02, max_evaluations=400)
+    assert found.evaluation.mean[20, 20] == 0
+    assert (found.evaluation.mean - xs[:, None] ** 2 - xs**2).abs().max() < 0.03
+
+
+def test_where_the_loss_is_not_finite_all_points_are_measured(formula_objective, samples):
+    objective = formula_objective(lambda w, x: torch.sqrt(w[0]) + 1 + x[:, 0], [0.0, 0.0], samples)
+    found = adaptive_surface(objective, PLANE, XS[::2], YS[::2])
+    assert found.num_evaluations == 21 * 16 and found.error == 0
+    assert found.evaluation.num_nonfinite == 10 * 16
+    assert found.evaluation.mean[20].eq(found.evaluation.mean[20, 0]).all()
+
+
+def test_small_grids_are_measured_whole(formula_objective, samples):
+    objective = formula_objective(bowl, [0.0, 0.0], samples)
+    found = adaptive_surface(objective, PLANE, XS[:7], YS[:5])
+    assert found.measured.all() and found.num_held_out == 0
+
+
+def test_a_killed_surface_goes_on(tmp_path, formula_objective, samples):
+    calls = []
+
+    def counted(w, x):
+        calls.append(w)
+        return bowl(w, x)
+
+    objective = formula_objective(counted, [0.0, 0.0], samples)
+    calls.clear()
+    whole = adaptive_surface(objective, PLANE, XS, YS)
+    used = len(calls)
+
+    def stop(done, total):
+        if done == 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adaptive_surface(objective, PLANE, XS, YS, folder=tmp_path, progress=stop)
+    calls.clear()
+    found = adaptive_surface(objective, PLANE, XS, YS, folder=tmp_path)
+    assert len(calls) == used - 97  # 81 on the first lines, and two files of 8
+    assert torch.equal(found.evaluation.total, whole.evaluation.total)
+    assert found.error == whole.error
+
+
+def test_bad_axes_and_budgets_are_named(formula_objective, samples):
+    objective = formula_objective(bowl, [0.0, 0.0], samples)
+    with pytest.raises(ValueError, match="`ys` must hold at least two increasing values"):
+        adaptive_surface(objective, PLANE, XS, YS.flip(0))
+    with pytest.raises(ValueError, match="`tol` must be positive"):
+        adaptive_surface(objective, PLANE, XS, YS, tol=0.0)
+    with pytest.raises(ValueError, match=r"`max_evaluations` must be at least 161 .* got 100"):
+        adaptive_surface(objective, PLANE, XS, YS, max_evaluations=100)
