@@ -43,6 +43,10 @@ def surface(
         typer.Option(help="Coordinates go from minus to plus that. Default: by the directions."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random directions.")] = 0,
+    adaptive: Annotated[
+        bool,
+        typer.Option(help="Measure an eighth of the points or fewer; a spline fills in the rest."),
+    ] = False,
     samples: Samples = None,
     batch_norm: Norm = "recompute",
     workers: Workers = 1,
@@ -67,6 +71,7 @@ def surface(
                 seed,
                 samples,
                 batch_norm,
+                adaptive,
             )
             source = find_network(network, OwnModel(model, data, criterion), device=device)
             networks = load_networks([source], samples=samples)

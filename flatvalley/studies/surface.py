@@ -1,6 +1,7 @@
 """What ``flatvalley surface`` does: the loss around one network, in a plane of two directions."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from flatvalley.run import Run
 from flatvalley.studies.landscape_networks import POLICIES, Networks, read_path
-from hessian import Eigenspace, hessian_operator, leading_eigenspace
+from hessian import ConvergenceWarning, Eigenspace, hessian_operator, leading_eigenspace
 from landscape import (
+    BatchNorm,
     Directions,
     Evaluation,
     Plane,
@@ -26,6 +28,7 @@ from landscape import (
     save_sweep,
     sweep,
 )
+from landscape.adaptive import AdaptiveSurface, adaptive_surface
 
 Scaled = Literal["filter", "layer", "model", "weight"]
 KINDS: tuple[str, ...] = (*get_args(Scaled), "eigen", "saddle", "pca")
@@ -63,6 +66,9 @@ class SurfaceConfig:
     samples: int | None = None
     """Training samples; None for 10,000 or all."""
     batch_norm: str = "recompute"
+    adaptive: bool = False
+    """Whether to measure only points that a spline through the others does not predict, and of
+    those only the train loss."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -101,6 +107,13 @@ class SurfaceFindings:
     path: Trajectory | None
     """The way of the training in the plane, for ``pca``."""
     space: Eigenspace | None
+    adaptive: AdaptiveSurface | None
+    """What a spline filled in, if it did."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the losses that were measured."""
+        return tuple(dict.fromkeys(objective for objective, _ in self.values.columns))
 
     @property
     def description(self) -> str:
@@ -167,18 +180,53 @@ def surface(
         points = read_path(networks.sources[0]).to(w)
         way = project_trajectory(points, directions.basis, w)
     xs, ys = _axes(config, way, space)
-    values = sweep(
+    policy = networks.batch_norm(config.batch_norm)
+    filled = None
+    if config.adaptive:
+        with warnings.catch_warnings():  # the findings say it
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            filled = adaptive_surface(
+                networks.train,
+                plane,
+                xs,
+                ys,
+                batch_norm=policy,
+                folder=run.path / "points",
+                workers=workers,
+                seed=config.seed,
+                progress=progress,
+            )
+        values = _as_sweep(filled.evaluation)
+    else:
+        values = _measured(run, networks, plane, grid(xs, ys), policy, workers, progress)
+    save_sweep(values, run.path / "surface.safetensors")
+    return SurfaceFindings(config, networks, directions, plane, values, way, space, filled)
+
+
+def _measured(
+    run: Run,
+    networks: Networks,
+    plane: Plane,
+    points: Tensor,
+    policy: BatchNorm,
+    workers: int,
+    progress: Progress | None,
+) -> Sweep:
+    return sweep(
         networks.objectives,
         plane,
-        grid(xs, ys),
+        points,
         metrics=networks.metrics,
-        batch_norm=networks.batch_norm(config.batch_norm),
+        batch_norm=policy,
         folder=run.path / "points",
         workers=workers,
         progress=progress,
     )
-    save_sweep(values, run.path / "surface.safetensors")
-    return SurfaceFindings(config, networks, directions, plane, values, way, space)
+
+
+def _as_sweep(found: Evaluation) -> Sweep:
+    sums = torch.stack([found.count, found.total, found.total_squares])[None]
+    return Sweep(found.points, (("train", "loss"),), sums, found.provenance)
 
 
 def _axes(

@@ -93,7 +93,7 @@ def console_summary(findings: SurfaceFindings) -> ConsoleTable:
 def summary(findings: SurfaceFindings) -> dict[str, Any]:
     """Return what ``run.json`` says of the surface."""
     found = {}
-    for objective in findings.networks.objectives:
+    for objective in findings.objectives:
         loss = findings.values[objective, "loss"]
         value, at = findings.lowest(objective)
         found[objective] = {
@@ -132,6 +132,14 @@ def _notes(findings: SurfaceFindings) -> list[str]:
     lost = findings.values["train", "loss"].num_nonfinite
     if lost:
         notes.append(f"At {lost} points the train loss is not finite; they are left out, in grey.")
+    filled = findings.adaptive
+    if filled is not None:
+        kept = "" if filled.converged else ", more than the 1 % that was the goal"
+        notes.append(
+            f"{filled.num_evaluations:,} of {filled.measured.numel():,} points were measured, a "
+            f"spline gives the others: 95 % of {filled.num_held_out} points held out are predicted "
+            f"to {percent(filled.error)} of the loss{kept}."
+        )
     space = findings.space
     if space is not None and not space.converged:
         worst = float(space.residuals.max())
@@ -146,7 +154,7 @@ def _notes(findings: SurfaceFindings) -> list[str]:
 
 def _loss_rows(findings: SurfaceFindings) -> list[list[str]]:
     rows = []
-    for objective in findings.networks.objectives:
+    for objective in findings.objectives:
         loss: Evaluation = findings.values[objective, "loss"]
         value, (x, y) = findings.lowest(objective)
         center = center_of(loss)

@@ -198,6 +198,20 @@ def test_a_surface_lies_around_its_network(runs, kind, tmp_path):
     assert float(center["train_loss"]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_an_adaptive_surface_says_what_was_measured_and_how_well_it_knows_the_rest(runs, tmp_path):
+    status, _, err = flatvalley(
+        "surface", runs / "first", "--adaptive", "--points=45", "--samples=60",
+        f"--out={tmp_path / 'o'}",
+    )  # fmt: skip
+    assert status == 0, err
+    report = (tmp_path / "o" / "report.html").read_text()
+    assert "of 2,025 points were measured" in report and "held out are predicted" in report
+    kept = list((tmp_path / "o" / "points").rglob("points-*.safetensors"))
+    assert sum(len(load_file(path)["sums"]) for path in kept) <= 2025 // 8
+    table = rows(tmp_path / "o" / "tables" / "points.csv")
+    assert len(table) == 2025 and "test_loss" not in table[0]
+
+
 def refused(*arguments):
     status, _, err = flatvalley(*arguments)
     assert status == 2
