@@ -65,6 +65,7 @@ from pruning import GRDA, magnitude_prune
 
 BATCH = 64
 DPI = 100
+HESSIAN_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def contours(s: Subject) -> Figure:
 def surface(s: Subject) -> Figure:
     """The loss above two Hessian eigenvectors, or two random directions."""
     plane, reach = (eigen_plane(s), 6.0) if s.name == "digits" else (random_plane(s)[0], 1.0)
-    found = evaluate(s.objective(), plane, grid(axis(-reach, reach, 33), axis(-reach, reach, 33)))
+    found = evaluate(s.objective(), plane, grid(axis(-reach, reach, 27), axis(-reach, reach, 27)))
     return plot_surface(found, plane).figure
 
 
@@ -230,8 +231,8 @@ def valley(s: Subject) -> Figure:
     (dx, _, _), (x, y, _) = plane.coordinates(s.b[-1]), plane.coordinates(bend)
     margin = 0.25 * dx
     xs, ys = (
-        axis(min(0, x) - margin, max(dx, x) + margin, 31),
-        axis(-margin, max(y, 0.2 * dx) + margin, 25),
+        axis(min(0, x) - margin, max(dx, x) + margin, 25),
+        axis(-margin, max(y, 0.2 * dx) + margin, 15),
     )
     found = evaluate(s.objective(), plane, grid(xs, ys))
     points = {"run A": s.a[-1], "run B": s.b[-1], "bend": bend}
@@ -248,8 +249,10 @@ def along_curves(s: Subject) -> Figure:
 def eigen_ratio(s: Subject) -> Figure:
     """Where on a random plane the loss is not convex."""
     plane, _ = random_plane(s)
-    few = Objective(s.make(0).eval(), nn.CrossEntropyLoss(), tuple(t[:256] for t in s.train))
-    points = grid(axis(-1, 1, 9), axis(-1, 1, 9))
+    samples = tuple(t[:HESSIAN_SAMPLES] for t in s.train)
+    few = Objective(s.make(0).eval(), nn.CrossEntropyLoss(), samples)
+    count = 9 if s.name == "digits" else 5
+    points = grid(axis(-1, 1, count), axis(-1, 1, count))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = sweep(few, plane, points, metrics=("top_eigenvalue", "bottom_eigenvalue"))
@@ -271,7 +274,7 @@ def run_on_components(s: Subject) -> Figure:
 
 
 def barriers(s: Subject) -> Figure:
-    """Barriers between runs against the epoch, or to a pruned network against sparsity."""
+    """Barriers between runs against the epoch, or against the sparsity of both."""
     objectives = {part: s.objective(part) for part in ("train", "test")}
     if s.name == "digits":
         xs: list[float] = [1, 2, 4, 8, 16, 30]
@@ -280,9 +283,12 @@ def barriers(s: Subject) -> Figure:
         ]
         xlabel = "epoch of both runs"
     else:
-        xs = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95]
-        ends = [[(w, magnitude_prune(w, x).weights) for x in xs] for w in (s.a[-1], s.b[-1])]
-        xlabel = "sparsity of the pruned end"
+        xs = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9]
+        ends = [
+            [[magnitude_prune(w, x).weights for w in (s.a[-1], other)] for x in xs]
+            for other in (s.b[-1], s.run(2)[0][-1])
+        ]
+        xlabel = "sparsity of both ends, magnitude-pruned"
     found = {
         part: torch.tensor(
             [
@@ -312,7 +318,8 @@ def eigenspaces(s: Subject, points: Tensor, k: int) -> Iterator[Tensor]:
         model = s.make(0).eval()
         nn.utils.vector_to_parameters(w.clone(), model.parameters())
         recalibrate_batch_norm_(model, [s.train[0]])
-        operator = hessian_operator(Objective(model, nn.CrossEntropyLoss(), s.train))
+        few = tuple(t[:HESSIAN_SAMPLES] for t in s.train)
+        operator = hessian_operator(Objective(model, nn.CrossEntropyLoss(), few))
         yield leading_eigenspace(operator, k=k, tol=1e-2, multiple=False).vectors
 
 
@@ -374,20 +381,17 @@ def save(figure: Figure, path: Path, provenance: Mapping[str, str]) -> None:
 
 
 def main() -> None:
-    """Draw everything, or the kinds named after the folder."""
+    """Draw everything, or the kinds or pictures named after the folder."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/gallery")
     folder.mkdir(parents=True, exist_ok=True)
     wanted = sys.argv[2:]
     for subject in subjects():
         for draw in KINDS:
-            if not wanted or draw.__name__ in wanted:
-                about = {
-                    "script": "benchmarks/gallery.py",
-                    "subject": subject.name,
-                    "seeds": "0, 1",
-                }
-                save(draw(subject), folder / f"{draw.__name__}_{subject.name}.png", about)
+            name = f"{draw.__name__}_{subject.name}"
+            if not wanted or name in wanted or draw.__name__ in wanted:
+                about = {"script": "benchmarks/gallery.py", "subject": name, "seeds": "0, 1"}
+                save(draw(subject), folder / f"{name}.png", about)
 
 
 if __name__ == "__main__":

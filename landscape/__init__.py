@@ -16,15 +16,12 @@ from landscape.directions import (
 from landscape.evaluate import BatchNormWarning, evaluate, sweep
 from landscape.figures import plot_profile, plot_share, plot_trajectory
 from landscape.figures_lines import (
-    RunNorms,
     plot_barriers,
     plot_interpolation,
     plot_matching,
-    plot_norms,
     plot_random_lines,
-    plot_share_over_time,
-    run_norms,
 )
+from landscape.figures_runs import RunNorms, plot_norms, plot_share_over_time, run_norms
 from landscape.figures_surfaces import (
     plot_contours,
     plot_eigen_ratio,

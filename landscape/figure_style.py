@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
@@ -56,6 +57,23 @@ def log_scale(ax: Axes) -> None:
 def to_numpy(values: Tensor) -> Any:
     """The values in float64 on the CPU, for matplotlib."""
     return values.detach().to(device="cpu", dtype=torch.float64).numpy()
+
+
+def rows_of(name: str, values: Tensor, length: int) -> Any:
+    """One row a repeat, each with one value a position; refuses anything else."""
+    rows = to_numpy(values[None] if values.ndim == 1 else values)
+    if rows.ndim != 2 or rows.shape[1] != length:
+        raise ValueError(
+            f"`{name}` must hold one value for each of the {length} positions, or rows of them, "
+            f"got shape {list(values.shape)}."
+        )
+    return rows
+
+
+def mean_and_reach(rows: Any) -> tuple[Any, Any]:
+    """Mean over repeats, and how far the smallest and the largest are from it."""
+    mean = rows.mean(axis=0)
+    return mean, np.stack([mean - rows.min(axis=0), rows.max(axis=0) - mean])
 
 
 def require_some(name: str, values: Mapping[str, Any]) -> None:

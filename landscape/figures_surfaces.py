@@ -143,6 +143,8 @@ def plot_surface(
     ax.set_xlabel(xlabel, fontsize="small", labelpad=10)
     ax.set_ylabel(ylabel, fontsize="small", labelpad=10)
     ax.set_zlabel(f"{label} (log)", fontsize="small")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
     ax.tick_params(labelsize=7)
     ax.set_box_aspect((1, 1, 0.7), zoom=0.84)
     return ax
