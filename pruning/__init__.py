@@ -1,6 +1,7 @@
 """Sparse weights from dense ones without leaving the valley: directional pruning and gRDA."""
 
 from hessian.batch_statistics import recalibrate_batch_norm_
+from pruning.calibration import CalibrationWarning
 from pruning.compensated import CompensatedPruned, compensated_prune
 from pruning.compensated_solvers import EigenspaceSolver, KrylovSolver, Stage
 from pruning.dense_distance import DenseDistance
@@ -20,7 +21,6 @@ from pruning.masks import Masks
 from pruning.obc import LayerError, LayerTrace, ObcPruned, ObcTraces, obc_traces
 from pruning.obd import ObdPruned, obd_prune
 from pruning.pruned import Pruned
-from pruning.saliency import CalibrationWarning
 from pruning.scores import Scores, directional_scores, flat_response, schedule_response
 from pruning.sparse_layers import to_dense, to_sparse
 from pruning.sparse_linear import SparseLinear

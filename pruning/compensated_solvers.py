@@ -1,7 +1,6 @@
 """The two ways to make one stage of compensated pruning: by products, or by an eigenspace."""
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -15,6 +14,7 @@ from hessian import (
     gauss_newton_operator,
     leading_eigenspace,
 )
+from pruning.calibration import warn_of_few
 from pruning.dense_distance import DenseDistance
 from pruning.eigenspace_compensation import Choose, remove_compensated
 from pruning.krylov_compensation import compensating_step
@@ -24,7 +24,6 @@ from pruning.preconditioners import (
     row_preconditioner,
 )
 from pruning.saliency import (
-    CalibrationWarning,
     KroneckerFactors,
     kronecker_factors,
     kronecker_saliency,
@@ -178,7 +177,8 @@ class _KrylovStages:
         o, distance = self._options, self._distance
         factors = kronecker_factors(distance, w, num_draws=o.num_draws, seed=o.seed)
         if self._tau is None:
-            _warn_of_few(factors)
+            sizes = {f.weight: (f.num_rows, len(f.inputs)) for f in factors.layers}
+            warn_of_few(sizes, "saliency_damping", stacklevel=3)
             mean = float(factors.diagonal[alive].double().mean())
             # Outputs that no weight moves leave G = 0, and any τ gives x = 0.
             self._tau = o.damping * mean if mean > 0 else 1.0
@@ -295,21 +295,6 @@ class _Sharpest:
         vectors[:, places] = space.vectors.T
         self._last = vectors.sum(dim=0)
         return replace(space, vectors=vectors.T)
-
-
-def _warn_of_few(factors: KroneckerFactors) -> None:
-    """Tell which layers have fewer calibration rows than inputs."""
-    few = [f for f in factors.layers if f.num_rows < len(f.inputs)]
-    if few:
-        worst = min(few, key=lambda f: f.num_rows / len(f.inputs))
-        warnings.warn(
-            f"{len(few)} of {len(factors.layers)} layers have fewer calibration rows (samples "
-            f"times positions) than inputs, the worst `{worst.weight}` with {worst.num_rows} for "
-            f"{len(worst.inputs)}, so its saliencies rest on `saliency_damping`. Pass more "
-            "calibration inputs, or raise the damping.",
-            CalibrationWarning,
-            stacklevel=4,
-        )
 
 
 def _require_positive(**values: float) -> None:

@@ -1,7 +1,6 @@
 """Exact Optimal Brain Surgeon of each layer's outputs: OBC, the best layer-wise one-shot pruner."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -13,12 +12,12 @@ from torch import Tensor
 from hessian import Objective
 from hessian.finiteness import finite_vector
 from pruning.allocation import Allocation
+from pruning.calibration import warn_of_few
 from pruning.layer_allocation import keep_in_layers
 from pruning.layer_fit import by_group, damped, fitted_rows, mean_square
 from pruning.layer_inputs import LayerInputs, changed_moments, input_moments
 from pruning.pruned import Pruned, as_pruned
 from pruning.row_surgery import removal_order
-from pruning.saliency import CalibrationWarning
 
 LayerAllocation: TypeAlias = Literal["pooled", "relative", "uniform"] | Mapping[str, float]
 
@@ -237,7 +236,9 @@ def obc_traces(
         raise ValueError(f"`rows_at_once` must be at least 1, got {rows_at_once}.")
     w = objective.weights() if w is None else w.detach().clone()
     layers = input_moments(objective, w)
-    _warn_of_few(layers)
+    sizes = {layer.weight: (layer.num_rows, layer.moments.shape[-1]) for layer in layers}
+    tables = {layer.weight for layer in layers if layer.moments.ndim == 1}
+    warn_of_few({k: v for k, v in sizes.items() if k not in tables}, "damping", stacklevel=2)
     parts = objective.unflatten(w)
     traces = [
         _trace(inputs, inputs.rows(parts).double(), damping, rows_at_once) for inputs in layers
@@ -278,19 +279,3 @@ def _layer_error(
         error,
         error / whole if whole > 0 else math.nan,
     )
-
-
-def _warn_of_few(layers: Sequence[LayerInputs]) -> None:
-    """Tell which layers have fewer calibration rows than inputs."""
-    sizes = {layer.weight: layer.moments.shape[-1] for layer in layers if layer.moments.ndim == 3}
-    few = [layer for layer in layers if layer.num_rows < sizes.get(layer.weight, 0)]
-    if few:
-        worst = min(few, key=lambda layer: layer.num_rows / sizes[layer.weight])
-        warnings.warn(
-            f"{len(few)} of {len(layers)} layers have fewer calibration rows (samples times "
-            f"positions) than inputs, the worst `{worst.weight}` with {worst.num_rows} for "
-            f"{sizes[worst.weight]}, so what is left there rests on `damping`. Pass more "
-            "calibration inputs, or raise the damping.",
-            CalibrationWarning,
-            stacklevel=3,
-        )

@@ -16,10 +16,6 @@ LARGEST_FACTOR = 8192
 """Inputs of a layer beyond which its inverse of n³ flops is left out for the diagonal."""
 
 
-class CalibrationWarning(UserWarning):
-    """There are too few calibration inputs for what is to be learned from them."""
-
-
 @dataclass(frozen=True)
 class LayerFactors:
     """Second moments of what goes into a layer, and of the slopes at what comes out."""
