@@ -47,7 +47,7 @@ def train(seed: int, x: Tensor, y: Tensor) -> nn.Module:
             loss.backward()
             optimizer.step()
             schedule.step()
-        say(f"seed {seed}, epoch {epoch + 1}: loss {float(loss):.3f}")
+        say(f"seed {seed}, epoch {epoch + 1}: loss {loss.item():.3f}")
     return model.eval()
 
 

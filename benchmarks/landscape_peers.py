@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from flatvalley.data import load_dataset
 from flatvalley.models import lenet_5, lenet_300_100
 from hessian import Objective
-from landscape import Plan, Plane, adaptive_surface, evaluate, grid, random_directions
+from landscape import Plan, Plane, evaluate, grid, random_directions
 
 AGREE = 1e-5
-REPEATS = 3
+REPEATS = 2
 BATCH = 128
 
 
@@ -43,7 +43,6 @@ class Setting:
     samples: int
     side: int
     epochs: int
-    dense_samples: int
     target: float
 
 
@@ -68,11 +67,11 @@ def lenet_5_mnist() -> nn.Module:
 
 
 SETTINGS = {
-    "mlp": Setting("LeNet-300-100, MNIST", "mnist", lenet_300_100_mnist, 2_000, 9, 3, 2_000, 10.0),
+    "mlp": Setting("LeNet-300-100, MNIST", "mnist", lenet_300_100_mnist, 2_000, 9, 3, 10.0),
     "mlp-cifar10": Setting(
-        "LeNet-300-100, CIFAR-10", "cifar10", lenet_300_100_cifar10, 2_000, 7, 3, 2_000, 10.0
+        "LeNet-300-100, CIFAR-10", "cifar10", lenet_300_100_cifar10, 2_000, 7, 3, 10.0
     ),
-    "cnn": Setting("LeNet-5, MNIST", "mnist", lenet_5_mnist, 500, 4, 1, 64, 3.0),
+    "cnn": Setting("LeNet-5, MNIST", "mnist", lenet_5_mnist, 500, 4, 1, 3.0),
 }
 
 
@@ -280,9 +279,8 @@ def compare(name: str) -> list[str]:
         f"  Losses agree to {AGREE:g}: {'yes' if worst <= AGREE else 'no'} ({worst:.1e}). At least "
         f"{setting.target:g} times faster than each: "
         f"{'yes' if min(slowest.values()) >= setting.target else 'no'}.",
-        "",
     ]
-    return lines + adaptive(case, setting, plan)
+    return lines
 
 
 def chosen_plan(case: Case) -> Plan:
@@ -300,29 +298,6 @@ class _EnoughError(Exception):
 
 def _stop(done: int, total: int) -> None:
     raise _EnoughError
-
-
-def adaptive(case: Case, setting: Setting, plan: Plan) -> list[str]:
-    """Compare a 51 x 51 surface from few points with the dense one."""
-    say("adaptive")
-    few = Objective(
-        case.model,
-        case.criterion,
-        (case.x[: setting.dense_samples], case.y[: setting.dense_samples]),
-        batch_size=BATCH,
-    )
-    axis = torch.linspace(-1, 1, 51).double()
-    found = adaptive_surface(few, case.plane, axis, axis, speed=plan)
-    dense = evaluate(few, case.plane, grid(axis, axis), speed=plan)
-    off = torch.log(found.evaluation.mean / dense.mean).abs()[~found.measured]
-    return [
-        f"  51 x 51 surface on {setting.dense_samples:,} images, adaptively: "
-        f"{found.num_evaluations} points, {2601 / found.num_evaluations:.1f} times fewer.",
-        f"  |difference in log L|, 95th percentile: {found.error:.4f} reported from "
-        f"{found.num_held_out} points held out, {float(torch.quantile(off, 0.95)):.4f} of all "
-        f"{len(off)} interpolated ones; largest {float(off.max()):.4f}.",
-        "",
-    ]
 
 
 def versions() -> list[str]:

@@ -10,7 +10,7 @@ from landscape import Plane, adaptive_surface
 
 E = torch.eye(2, dtype=torch.float64)
 PLANE = Plane(torch.zeros(2).double(), E[0], E[1])
-XS, YS = torch.arange(-20, 21).double() / 20, torch.arange(31).double() / 15
+XS, YS = torch.arange(-40, 41).double() / 40, torch.arange(21).double() / 10
 
 
 def dense(loss, x, xs=XS, ys=YS):
@@ -25,7 +25,7 @@ def bowl(w, x):
 
 def ridge(w, x):
     """A wall across x, narrow beside the coarse grid, along all of y."""
-    return (1 + 4 * torch.exp(-((w[0] - 0.37) ** 2) / (2 * 0.07**2))) * (1 + x[:, 0] ** 2)
+    return (1 + 4 * torch.exp(-((w[0] - 0.37) ** 2) / (2 * 0.1**2))) * (1 + x[:, 0] ** 2)
 
 
 @pytest.fixture
@@ -36,24 +36,24 @@ def samples():
 @pytest.mark.parametrize("loss", [bowl, ridge])
 def test_the_dense_surface_is_met_within_the_error_reported(formula_objective, samples, loss):
     objective = formula_objective(loss, [0.0, 0.0], samples)
-    found = adaptive_surface(objective, PLANE, XS, YS, seed=1, max_evaluations=400)
+    found = adaptive_surface(objective, PLANE, XS, YS, seed=1, max_evaluations=600)
     truth = dense(loss, samples)
     deviations = torch.log(found.evaluation.mean / truth).abs()
-    assert found.converged and found.error <= 0.01
+    assert found.converged and found.error <= 0.01 and found.num_held_out == 59
     assert torch.quantile(deviations[~found.measured], 0.95) <= 0.01
-    assert found.num_evaluations == int(found.measured.sum()) <= 400
+    assert found.num_evaluations == int(found.measured.sum()) <= 600
     measured = found.measured
     torch.testing.assert_close(found.evaluation.mean[measured], truth[measured])
     assert torch.isnan(found.evaluation.standard_error[~measured]).all()
     assert found.evaluation.provenance["interpolated points"] == int((~measured).sum())
 
 
-def test_lines_are_added_where_the_surface_bends(formula_objective, samples):
+def test_lines_are_added_along_the_axis_that_bends(formula_objective, samples):
     objective = formula_objective(ridge, [0.0, 0.0], samples)
-    found = adaptive_surface(objective, PLANE, XS, YS, seed=1, max_evaluations=400)
-    lines = (found.measured.double().mean(dim=1) > 0.15).nonzero()[:, 0]
-    near = ((XS[lines] - 0.37).abs() < 0.25).sum()
-    assert near > len(lines) / 3  # of an axis of length 2
+    found = adaptive_surface(objective, PLANE, XS, YS, seed=1, max_evaluations=600)
+    across, along = ((found.measured.double().mean(dim=d) > 0.15).sum() for d in (1, 0))
+    assert along == 9  # as it began: nothing changes that way
+    assert across > 20
 
 
 def test_an_exhausted_budget_says_what_was_reached(formula_objective, samples):
@@ -61,12 +61,12 @@ def test_an_exhausted_budget_says_what_was_reached(formula_objective, samples):
         return 2 + torch.sin(40 * w[0]) * torch.cos(40 * w[1]) + x[:, 0]
 
     objective = formula_objective(rough, [0.0, 0.0], samples)
-    with pytest.warns(ConvergenceWarning, match=r"The surface is known to .* in log L"):
+    with pytest.warns(ConvergenceWarning, match=r"known to .* \(largest of 20 points\)"):
         found = adaptive_surface(objective, PLANE, XS, YS)
     true = torch.log(found.evaluation.mean / dense(rough, samples)).abs()[~found.measured]
     assert not found.converged
-    assert found.error == pytest.approx(float(torch.quantile(true, 0.95)), rel=0.6)
-    assert found.num_evaluations <= 9 * 9 + 2 * 40
+    assert found.error == pytest.approx(float(torch.quantile(true, 0.95)), rel=0.8)
+    assert found.num_evaluations <= 81 * 21 // 8
 
 
 def test_a_loss_of_zero_has_a_surface(formula_objective, samples):
@@ -85,9 +85,9 @@ def test_a_loss_of_zero_has_a_surface(formula_objective, samples):
 def test_where_the_loss_is_not_finite_all_points_are_measured(formula_objective, samples):
     objective = formula_objective(lambda w, x: torch.sqrt(w[0]) + 1 + x[:, 0], [0.0, 0.0], samples)
     found = adaptive_surface(objective, PLANE, XS[::2], YS[::2])
-    assert found.num_evaluations == 21 * 16 and found.error == 0
-    assert found.evaluation.num_nonfinite == 10 * 16
-    assert found.evaluation.mean[20].eq(found.evaluation.mean[20, 0]).all()
+    assert found.num_evaluations == 41 * 11 and found.error == 0
+    assert found.evaluation.num_nonfinite == 20 * 11
+    assert found.evaluation.mean[40].eq(found.evaluation.mean[40, 0]).all()
 
 
 def test_small_grids_are_measured_whole(formula_objective, samples):
@@ -127,5 +127,5 @@ def test_bad_axes_and_budgets_are_named(formula_objective, samples):
         adaptive_surface(objective, PLANE, XS, YS.flip(0))
     with pytest.raises(ValueError, match="`tol` must be positive"):
         adaptive_surface(objective, PLANE, XS, YS, tol=0.0)
-    with pytest.raises(ValueError, match=r"`max_evaluations` must be at least 161 .* got 100"):
+    with pytest.raises(ValueError, match=r"`max_evaluations` must be at least 140 .* got 100"):
         adaptive_surface(objective, PLANE, XS, YS, max_evaluations=100)

@@ -118,6 +118,15 @@ def test_weights_in_the_buffer_are_the_paths_and_exact_at_its_ends(kind):
     assert torch.equal(out[:5], torch.zeros(5))  # zeros of all ends stay zero
 
 
+def test_a_bend_without_a_loss_does_not_spoil_the_ends():
+    a, b = torch.zeros(3), torch.ones(3)
+    curve = BezierCurve(torch.stack([a, torch.full((3,), torch.inf), b]))
+    out = torch.empty(3)
+    for t, end in ((0.0, a), (1.0, b)):
+        write_weights_(out, as_combination(curve), torch.tensor(t).double())
+        assert torch.equal(out, end)
+
+
 class StopsAt:
     """Progress that ends the process' work at some point."""
 
