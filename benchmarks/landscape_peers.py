@@ -29,7 +29,7 @@ from hessian import Objective
 from landscape import Plan, Plane, evaluate, grid, random_directions
 
 AGREE = 1e-5
-REPEATS = 2
+REPEATS = 1
 BATCH = 128
 
 

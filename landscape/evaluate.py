@@ -1,6 +1,7 @@
 """The loss, and whatever else is asked for, at every point of a path or plane."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from landscape.batch_norm import BatchNorm, BatchNormKind, as_batch_norm
 from landscape.combinations import describe_path
 from landscape.paths import Path
 from landscape.planes import Plane
-from landscape.plans import Plan, Speed, choose_plan
+from landscape.plans import Plan, Speed, UnsuitableError, choose_plan
 from landscape.point_meter import PER_SAMPLE, Metric, PointMeter, require_metrics
 from landscape.records import Evaluation, Sweep
 from landscape.shards import Shards, identity
@@ -65,8 +66,8 @@ def evaluate(
         batch_norm: What batch norm normalises by at a point, see `BatchNorm`.
         speed: ``"auto"`` tries ways that are faster, where the work is long enough, and takes
             those that are and that agree with the plain way to 1e-5 (1e-10 in float64) at three
-            points. ``"plain"`` takes the objective's batches in order. A `Plan`, e.g. from the
-            provenance of another evaluation, is followed.
+            points. ``"plain"`` takes the objective's batches in order. A `Plan` is followed; its
+            deviation is measured unless it is known, as in the provenance of an evaluation.
         precision: ``"bfloat16"`` runs forward passes for loss and error under autocast; how far
             that moves the loss is measured and recorded.
         folder: Keeps finished points. The same call goes on where a killed one stopped, and gives
@@ -230,15 +231,20 @@ def measured(
     plan = _agreed(ranks, lambda: _plan(recipe, rows, speed, base, shards))
     shards.begin(plan.as_json())
     with threads(plan.threads):
-        numbers = measure_all(
-            recipe | {"plan": plan},
-            rows,
-            shards,
-            width=width,
-            workers=workers,
-            ranks=ranks,
-            progress=progress,
-        )
+        try:
+            numbers = measure_all(
+                recipe | {"plan": plan},
+                rows,
+                shards,
+                width=width,
+                workers=workers,
+                ranks=ranks,
+                progress=progress,
+            )
+        except UnsuitableError as error:
+            raise ValueError(
+                f"`speed` must be a plan that fits the model, the data and the path, got {plan}."
+            ) from error
     return numbers, _provenance(objectives, path, policy, plan)
 
 
@@ -276,6 +282,8 @@ def _plan(recipe: Recipe, rows: Tensor, speed: Speed | Plan, base: Plan, shards:
                 f"{speed}. Leave it out, or choose another folder."
             )
         return kept
+    if isinstance(speed, Plan) and not math.isnan(speed.deviation):
+        return speed  # measured before
     plain = speed == "plain" or any(o.ranks.size > 1 for o in recipe["objectives"].values())
     if plain and base.precision == "full":
         return replace(base, deviation=0.0)

@@ -301,8 +301,9 @@ def test_plans_agree_with_the_plain_way_and_say_how_well(problem, plan, cut):
     assert_close(quick.total, plain.total, rtol=1e-12, atol=0)
     assert plain.provenance["plan"]["deviation"] == 0
     assert quick.provenance["plan"]["deviation"] < 1e-12
-    again = evaluate(objective, problem[1], POINTS, speed=plan)
-    assert torch.equal(again.total, quick.total)
+    known = Plan.from_json(quick.provenance["plan"])
+    again = evaluate(objective, problem[1], POINTS, speed=known)
+    assert torch.equal(again.total, quick.total) and again.provenance == quick.provenance
 
 
 def test_reduced_precision_is_recorded_with_its_deviation(problem):
@@ -362,6 +363,9 @@ def test_bad_options_are_named(problem):
         sweep({"a": objective, "b": other}, plane, POINTS)
     with pytest.raises(ValueError, match="`speed` must be a plan that fits"):
         evaluate(objective, lambda t: plane.origin * t, [0.5], speed=Plan(reuse_first_layer=True))
+    with pytest.raises(ValueError, match="`speed` must be a plan that fits"):
+        known = Plan(reuse_first_layer=True, deviation=0.0)
+        evaluate(objective, lambda t: plane.origin * t, [0.5], speed=known)
 
 
 def test_an_evaluation_made_by_hand_has_no_provenance():
