@@ -11,14 +11,16 @@ processor are those of all of it. An interrupted plan goes on where it was stopp
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from timing import report, say
 
 from flatvalley.data import Dataset, load_dataset
 from flatvalley.run import Run
-from flatvalley.studies.compare import compare
+from flatvalley.studies.compare import CompareFindings, compare
 from flatvalley.studies.compare_config import CompareConfig
 from flatvalley.studies.compare_figures import draw_comparison
 from flatvalley.studies.compare_report import (
@@ -202,7 +204,8 @@ def run_plan(name: str, config: CompareConfig, workers: int) -> None:
     say(f"report: {write_compare_report(findings, run, draw_comparison(findings, run))}")
     console = Console(width=180, no_color=True)
     with console.capture() as shown:
-        console.print(console_summary(findings))
+        chooses = config.training.validation > 0
+        console.print(_held_out(findings) if chooses else console_summary(findings))
     training = config.training
     lines = [
         *(__doc__ or "").strip().splitlines(),
@@ -215,6 +218,29 @@ def run_plan(name: str, config: CompareConfig, workers: int) -> None:
     ]
     lines += [f"{row.row.title}: {remark}" for row in findings.rows for remark in row.remarks]
     report(f"pruning_{name}", lines)
+
+
+def _held_out(findings: CompareFindings) -> Table:
+    """What the samples held out say: accuracy, and beside it the distance to the dense network."""
+    seeds = ", ".join(map(str, findings.config.seeds))
+    table = Table(title=f"On the images held out, seeds {seeds}: accuracy in %, KL divergence")
+    table.add_column("method")
+    for share in findings.config.sparsities:
+        table.add_column(f"{share:.0%}", justify="right")
+    table.add_column("products", justify="right")
+    for row in findings.rows:
+        cells = [cell for cell in findings.cells if cell["spec"] == row.row.text]
+        shown = []
+        for share in findings.config.sparsities:
+            here = [cell for cell in cells if cell["wanted"] == share]
+            right, far = (
+                fmean(cell[f"validation_{key}"] for cell in here)
+                for key in ("accuracy", "distance")
+            )
+            shown.append(f"{100 * right:.2f} {far:.4f}")
+        most = fmean(cell["products"] for cell in cells if cell["wanted"] == share)
+        table.add_row(row.row.title, *shown, f"{most:.0f}")
+    return table
 
 
 def main() -> None:
