@@ -6,7 +6,7 @@ ORACLE := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops li
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint docs bench bench-peers bench-gpu bench-training bench-pruning train-gpu notebooks clean
+.PHONY: help demo test check lint docs bench bench-peers bench-gpu bench-training bench-landscape bench-pruning train-gpu notebooks clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,7 @@ $(PEERS): benchmarks/peers.txt constraints.txt
 
 bench-peers: $(PEERS)  ## whole libraries against ours; hours, goes on where it was stopped
 	.peers/bin/python benchmarks/hessian_peers.py --direct mlp
+	.peers/bin/python benchmarks/landscape_peers.py
 
 bench-gpu: $(PEERS)  ## the same on a CUDA device
 	.peers/bin/python benchmarks/hessian_gpu.py
@@ -65,8 +66,15 @@ bench-training: $(STAMP)  ## sparsity and accuracy on MNIST and CIFAR-10; hours,
 	$(BIN)/python benchmarks/resnet20_sparsity.py
 	$(BIN)/python benchmarks/training_throughput.py
 
+bench-landscape: $(STAMP)  ## batch norm's policies, adaptive surfaces, the pictures of the gallery
+	$(BIN)/python benchmarks/landscape_batch_norm.py
+	$(BIN)/python benchmarks/landscape_adaptive.py
+	$(BIN)/python benchmarks/gallery.py
+
 bench-pruning: $(STAMP)  ## every method of pruning on the same networks; hours, goes on where it was stopped
+	$(BIN)/python benchmarks/pruning_tables.py --choose
 	$(BIN)/python benchmarks/pruning_tables.py
+	$(BIN)/python benchmarks/resnet20_scores.py
 
 train-gpu: $(STAMP)  ## the paper's networks on a CUDA device; hours, goes on where it was stopped
 	$(BIN)/python benchmarks/train_gpu.py
