@@ -1,13 +1,15 @@
 """Figures written as PDF and PNG that carry where they come from."""
 
 import json
-import uuid
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path as FilePath
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from hessian.atomic import write_atomically
 
 
 def save_figure(
@@ -15,8 +17,8 @@ def save_figure(
 ) -> tuple[FilePath, FilePath]:
     """Write a figure as PDF and PNG (200 dpi) that carry where they come from.
 
-    Each file is complete or absent: it is written under a temporary name and then renamed. The
-    same figure gives the same PDF, byte for byte, as no date is stored.
+    Each file is complete or absent, whatever is killed in between. The same figure gives the same
+    PDF, byte for byte, as no date is stored.
 
     Args:
         fig: The figure.
@@ -43,10 +45,8 @@ def save_figure(
 
 
 def _write(fig: Figure, path: FilePath, kind: str, metadata: dict[str, Any]) -> FilePath:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        fig.savefig(temporary, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into.")
+    drawn = BytesIO()
+    fig.savefig(drawn, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+    return write_atomically(path, drawn.getvalue())

@@ -289,11 +289,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
     old = tmp_path / "figure.pdf"
     old.write_text("old")
 
-    def fail(self, path, **kwargs):
-        path.write_text("half")
+    def fail(handle):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_figure(fig, tmp_path / "figure", {})
     assert [p.name for p in tmp_path.iterdir()] == ["figure.pdf"]
