@@ -13,13 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 import flatvalley
-from hessian import DamagedFileError
+from hessian import DamagedFileError, tensor_files
 from hessian.atomic import write_atomically as write_atomically
+from hessian.tensor_files import read_tensors as read_tensors
 
 Row = Mapping[str, Any]
 DECISIVE = ("flatvalley", "torch")
@@ -132,30 +131,8 @@ class Run:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write tensors and JSON metadata to one safetensors file, whole or not at all."""
-    data = dump_tensors(
-        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-        {key: json.dumps(plain(value)) for key, value in metadata.items()},
-    )
-    return write_atomically(path, data)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and JSON metadata from a safetensors file.
-
-    Raises:
-        DamagedFileError: If the file is no safetensors file, or cut short.
-    """
-    data = path.read_bytes()
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        metadata = {k: json.loads(v) for k, v in header.get("__metadata__", {}).items()}
-        return load_tensors(data), metadata
-    except Exception as error:
-        raise DamagedFileError(
-            f"{path} is damaged ({error}). Remove it; what it held is computed again."
-        ) from error
+    """Write tensors and strict JSON metadata to one safetensors file, whole or not at all."""
+    return tensor_files.write_tensors(path, tensors, plain(metadata))
 
 
 def _to_json(value: Any) -> str:

@@ -21,8 +21,9 @@ from hessian.loss_statistics import LossStatistics
 from hessian.objective import Objective
 from hessian.operators import Operator
 from hessian.products import hessian_operator
-from hessian.storage import DamagedFileError, load_eigenspace, save, to_pandas
+from hessian.storage import load_eigenspace, save, to_pandas
 from hessian.subspace import Eigenspace
+from hessian.tensor_files import DamagedFileError
 from hessian.traces import TraceEstimate, trace
 from hessian.unsharded import unsharded
 

@@ -8,19 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from hessian.atomic import write_atomically
 from hessian.subspace import Eigenspace
+from hessian.tensor_files import DamagedFileError, read_with_header
 
 FORMAT = "flatvalley eigenspace"
-
-
-class DamagedFileError(ValueError):
-    """A file cannot be read as what it should hold; the message says why."""
 
 
 def save(result: Eigenspace, path: str | Path) -> Path:
@@ -63,15 +58,7 @@ def load_eigenspace(path: str | Path) -> Eigenspace:
         DamagedFileError: If it is cut short, or holds anything else.
     """
     path = Path(path)
-    data = path.read_bytes()
-    try:
-        tensors = load_tensors(data)
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        raise DamagedFileError(
-            f"`path` must be a whole safetensors file, got {path} ({error})."
-        ) from error
+    tensors, header = read_with_header(path)
     if header.get("format") != FORMAT:
         raise DamagedFileError(
             f"`path` must be a file that `save` wrote from an eigenspace, got {path} with "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from landscape.tensor_files import read_tensors, write_tensors
+from hessian.tensor_files import read_tensors, write_tensors
 
 FORMAT = "flatvalley curve training"
 OPTIMIZER = "optimizer."

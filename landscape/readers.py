@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 
-from hessian.storage import DamagedFileError
+from hessian.tensor_files import DamagedFileError
 from landscape.paths import PolyChain
 from landscape.planes import Plane
 from landscape.records import Evaluation

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from hessian.flat_weights import FlatWeights
+from hessian.tensor_files import read_tensors, write_tensors
 from landscape.curve_checkpoint import digest
 from landscape.directions import Directions
-from landscape.tensor_files import read_tensors, write_tensors
 from landscape.trajectory import Projector, Trajectory
 
 COORDINATES = "coordinates.safetensors"

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from hessian.atomic import write_atomically
-from hessian.storage import DamagedFileError
+from hessian.tensor_files import DamagedFileError, read_with_header
 
 FORMAT = "flatvalley sweep"
 
@@ -161,16 +159,13 @@ def load_sweep(path: str | Path) -> Sweep:
         DamagedFileError: If it is cut short, or holds anything else.
     """
     path = Path(path)
-    data = path.read_bytes()
+    tensors, header = read_with_header(path)
     try:
-        tensors = load_tensors(data)
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         if header.get("format") != FORMAT:
             raise ValueError(f"format {header.get('format')!r} instead of {FORMAT!r}")
         columns = tuple((str(a), str(b)) for a, b in json.loads(header["columns"]))
         return Sweep(tensors["points"], columns, tensors["sums"], json.loads(header["provenance"]))
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise DamagedFileError(
             f"`path` must be a file that `save_sweep` wrote, got {path} ({error})."
         ) from error

@@ -20,7 +20,7 @@ from hessian import NonFiniteError
 from hessian.atomic import write_atomically
 from hessian.flat_weights import FlatWeights
 from hessian.parameters import unwrapped
-from hessian.storage import DamagedFileError
+from hessian.tensor_files import DamagedFileError
 from hessian.unsharded import is_sharded
 
 FORMAT = "flatvalley masks 1"

@@ -263,7 +263,7 @@ def test_every_write_that_fails_is_a_storage_error(tmp_path, monkeypatch):
     def full(path, *arguments):
         raise OSError(28, "No space left on device")
 
-    for place in ("flatvalley.run.write_atomically", "flatvalley.checkpoints.write_tensors"):
+    for place in ("os.fsync", "flatvalley.checkpoints.write_tensors"):
         folder = tmp_path / place
         killed_run(folder)
         before = {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()}

@@ -250,7 +250,7 @@ def test_files_keep_every_bit(tmp_path, problem):
     back = load_sweep(save_sweep(one, tmp_path / "one.safetensors"))["test", "error"]
     assert torch.equal(back.total, one.total) and back.provenance == dict(one.provenance)
     (tmp_path / "one.safetensors").write_bytes(b"\x08\x00\x00\x00")
-    with pytest.raises(DamagedFileError, match="must be a file that `save_sweep` wrote"):
+    with pytest.raises(DamagedFileError, match="must be a whole safetensors file"):
         load_sweep(tmp_path / "one.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Tensors with JSON metadata in safetensors files that appear whole or not at all."""
+"""Tensors with text or JSON beside them, in safetensors files that appear whole or not at all."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hessian.atomic import write_atomically
-from hessian.storage import DamagedFileError
+
+
+class DamagedFileError(ValueError):
+    """A file cannot be read as what it should hold; the message says why."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -28,11 +31,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: If there is no such file.
         DamagedFileError: If it is no safetensors file, or cut short.
     """
+    tensors, header = read_with_header(path)
+    try:
+        return tensors, {key: json.loads(value) for key, value in header.items()}
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged ({error}). Remove it.") from error
+
+
+def read_with_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file's tensors, on the CPU, and its metadata as they stand.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DamagedFileError: If it is no safetensors file, or cut short.
+    """
     data = path.read_bytes()
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        return tensors, {key: json.loads(value) for key, value in header.items()}
+        return tensors, dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
     except Exception as error:  # safetensors and json each have their own
-        raise DamagedFileError(f"{path} is damaged ({error}). Remove it.") from error
+        raise DamagedFileError(
+            f"{path} is damaged ({error}): it must be a whole safetensors file. Remove it."
+        ) from error
