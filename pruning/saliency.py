@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from hessian.finiteness import finite_vector
@@ -29,6 +29,24 @@ class LayerFactors:
     """E Σ g² over a sample's positions, by output."""
     num_rows: int
     """Samples times positions behind the moments of the inputs."""
+
+    def damped(self, damping: float) -> Float64[Tensor, "n n"] | None:
+        """Return A + δ I with δ a share of the mean of diag A; None where nothing ever arrives."""
+        # In float64: inputs that are never active make A singular but for the damping.
+        A = self.inputs.to(torch.float64, copy=True)
+        mean = A.diagonal().mean()
+        if not mean > 0:
+            return None
+        A.diagonal().add_(damping * mean)
+        return A
+
+    def stiffness(self, damping: float) -> Float64[Tensor, "m n"] | None:
+        """Return B_r / [(A + δ I)⁻¹]_ii; None where A is zero or larger than LARGEST_FACTOR."""
+        A = self.damped(damping) if len(self.inputs) <= LARGEST_FACTOR else None
+        if A is None:
+            return None
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(A)).diagonal()
+        return torch.outer(self.slopes.double(), 1.0 / inverse)
 
     def rows(self, parts: dict[str, Tensor]) -> Shaped[Tensor, "m n"]:
         """Return a copy of values beside the weights as a matrix: a row an output, bias last."""
@@ -137,16 +155,9 @@ def kronecker_saliency(
     stiffness = factors.diagonal.clone()
     parts = distance.unflatten(stiffness)
     for layer in factors.layers:
-        if len(layer.inputs) > LARGEST_FACTOR:
-            continue
-        # In float64: inputs that are never active make A singular but for the damping.
-        A = layer.inputs.to(torch.float64, copy=True)
-        mean = A.diagonal().mean()
-        if not mean > 0:  # nothing ever arrives here
-            continue
-        A.diagonal().add_(damping * mean)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(A)).diagonal()
-        layer.write_rows_(parts, torch.outer(layer.slopes.double(), 1.0 / inverse))
+        rows = layer.stiffness(damping)
+        if rows is not None:
+            layer.write_rows_(parts, rows)
     return stiffness * w.square()
 
 

@@ -1,12 +1,14 @@
 """In which order weights go, if each removal of an output's weight is answered by its others."""
 
+import math
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from pruning.dense_distance import DenseDistance
 from pruning.row_surgery import removal_order
-from pruning.saliency import KroneckerFactors, kronecker_saliency
+from pruning.saliency import KroneckerFactors
 
 MOST_FLOPS = 4e12
 """Of the surgery in one layer; beyond, its weights are ranked by their Kronecker saliencies."""
@@ -44,19 +46,25 @@ def surgical_ranking(
         Hassibi & Stork (1993), Second order derivatives for network pruning.
         Frantar & Alistarh (2022), Optimal Brain Compression.
     """
-    costs = kronecker_saliency(w, factors, distance, damping=damping).double()
+    if not 0 < damping < math.inf:
+        raise ValueError(f"`damping` must be positive and finite, got {damping}.")
+    distance.require_vector(w, "w")
+    costs = (factors.diagonal * w.square()).double()
     # Of equal costs in a row, what goes first in the surgery goes first in the ranking.
     turns = torch.zeros_like(costs)
     cost_parts, turn_parts = distance.unflatten(costs), distance.unflatten(turns)
     weights = distance.unflatten(w)
     for layer in factors.layers:
         W = layer.rows(weights).double()
-        mean = layer.inputs.diagonal().double().mean()
         flops = 5.0 / 3.0 * float((W != 0).sum(dim=1).double().pow(3).sum())
-        if flops > MOST_FLOPS or not mean > 0:
+        if flops > MOST_FLOPS:
+            stiffness = layer.stiffness(damping)
+            if stiffness is not None:
+                layer.write_rows_(cost_parts, stiffness * W.square())
             continue
-        A = layer.inputs.to(torch.float64, copy=True)
-        A.diagonal().add_(damping * mean)
+        A = layer.damped(damping)
+        if A is None:
+            continue
         order, losses = removal_order(A, W, torch.zeros_like(W, dtype=torch.bool))
         so_far = losses.cummax(dim=1).values * layer.slopes.double()[:, None]
         turn = torch.arange(W.shape[1], device=W.device).to(W).expand_as(W)

@@ -61,7 +61,7 @@ def read_plain_pickle(path: Path) -> Any:
         >>> _ = path.write_bytes(pickle.dumps(os.system, protocol=2))
         >>> read_plain_pickle(path)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        hessian.storage.DamagedFileError: ... names posix system, ...
+        hessian.tensor_files.DamagedFileError: ... names posix system, ...
     """
     content = path.read_bytes()
     try:
