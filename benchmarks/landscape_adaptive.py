@@ -13,7 +13,7 @@ from landscape import adaptive_surface, evaluate, grid
 
 SIDE = 51
 HEADS = ("images", "points", "fewer", "reported", "95 %", "largest")
-IMAGES = {"mlp": 1_000, "cnn": 32}
+IMAGES = {"mlp": 1_000, "cnn": 256}
 
 
 def main() -> None:

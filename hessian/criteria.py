@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy, nll_loss
 from hessian.batches import Batch, batch_length, map_tensors
 
 _ENTROPIES = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
+SHORT_ROW, MANY_ROWS = 16, 128
+"""Classes, and samples, with which torch's cross-entropy on a CPU is faster by columns."""
 
 Criterion = Callable[..., Tensor]
 Count = Callable[[Batch], Any]
@@ -44,6 +46,7 @@ class BatchCriterion:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'`reduction` must be "mean" or "sum", got "{reduction}".')
         self._unreduced = _with_reduction(criterion, "none")
+        self._is_entropy = _target_count(criterion) is not None
         if count is None and reduction == own != "sum":
             count = _target_count(criterion)
             if count is not None:
@@ -96,7 +99,11 @@ class BatchCriterion:
         """
         length = batch_length(batch)
         if self._unreduced is not None:
-            losses = self._rows(self._unreduced(output, _target(batch)), length)
+            target = _target(batch)
+            if self._is_entropy and _better_by_columns(output, target):
+                losses = self._unreduced(output.T.contiguous()[None], target[None])[0]
+            else:
+                losses = self._rows(self._unreduced(output, target), length)
             return self._counted(losses, output, batch)
         loss = self._criterion(output, _target(batch))
         if loss.ndim > 0:
@@ -285,6 +292,21 @@ def _target_count(criterion: Criterion) -> Count | None:
         return None
     ignored = options.get("ignore_index", -100)
     return partial(_target_weight, weight=options.get("weight"), ignored=ignored)
+
+
+def _better_by_columns(output: Any, target: Any) -> bool:
+    """Whether scores [n, c] and classes [n] are worth reordering as [1, c, n] and [1, n]."""
+    return (
+        not torch.is_grad_enabled()  # derivatives keep the kernels that they are tested with
+        and isinstance(output, Tensor)
+        and isinstance(target, Tensor)
+        and output.device.type == "cpu"
+        and output.ndim == 2
+        and output.shape[1] < SHORT_ROW
+        and target.ndim == 1
+        and len(target) == len(output) >= MANY_ROWS
+        and not target.is_floating_point()
+    )
 
 
 def _target_weight(batch: Batch, weight: Tensor | None, ignored: int) -> Any:

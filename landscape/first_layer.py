@@ -85,7 +85,8 @@ def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
 class ReusedOutputs:
     """Outputs of the first layer on some batches at every vector of a combination.
 
-    Memory: as many outputs as there are vectors, and two more.
+    Memory: as many outputs as there are vectors, one more, and that of one batch, which is where
+    the layer's output is written on every batch, so that it stays in a cache.
 
     Args:
         layer: The first layer.
@@ -114,7 +115,7 @@ class ReusedOutputs:
                 outputs = [functional_call(layer.module, part, inputs) for part in parts]
                 self._terms.append(tuple(_in_format(out, form) for out in outputs))
         self._begun: list[tuple[tuple[float, ...], Tensor] | None] = [None] * len(batches)
-        self._out = [torch.empty_like(terms[0]) for terms in self._terms]
+        self._out = {terms[0].shape: torch.empty_like(terms[0]) for terms in self._terms}
 
     def move_to(self, coefficients: tuple[float, ...]) -> None:
         """Take another point."""
@@ -136,7 +137,7 @@ class ReusedOutputs:
         if begun[0] != tuple(front):
             combine_(begun[1], tuple(head), tuple(front))
             self._begun[i] = tuple(front), begun[1]
-        return torch.add(begun[1], last, alpha=c, out=self._out[i])
+        return torch.add(begun[1], last, alpha=c, out=self._out[last.shape])
 
 
 def bytes_per_sample(
@@ -149,7 +150,7 @@ def bytes_per_sample(
             layer.weights(objective, combination.vectors[0]),
             _input_of(layer.module, objective, first_samples(batch, 2)),
         )
-    return (len(combination.vectors) + 2) * out[:1].numel() * out.element_size()
+    return (len(combination.vectors) + 1) * out[:1].numel() * out.element_size()
 
 
 class _ReachedError(Exception):

@@ -35,6 +35,9 @@ class Plan:
         threads: Threads within an operation; 0: as torch is set.
         deviation: Largest relative difference of the loss from the plain way on the probe points;
             NaN if it was not measured.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     batch_size: int | None = None
@@ -43,6 +46,12 @@ class Plan:
     precision: Literal["full", "bfloat16"] = "full"
     threads: int = 0
     deviation: float = math.nan
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("threads", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""

@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessian import Objective, hessian_operator
+from hessian.criteria import MANY_ROWS
 from tests.cases import NUM_SAMPLES, case_names, cases, seeded
 from tests.oracles import dense, dense_derivatives, dense_sample_losses, flat_weights
 
@@ -264,3 +266,28 @@ def test_float32_models_are_served_in_their_own_type():
     assert objective.loss(w.float()) == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(objective.gradient(w.float()), gradient.float())
     assert objective.sample_losses(w.float()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0).double(), ignore_index=2),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.NLLLoss(),
+        partial(nn.functional.cross_entropy, label_smoothing=0.3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_samples", [MANY_ROWS, 300])
+def test_entropies_of_few_classes_are_the_same_in_large_batches(criterion, num_samples):
+    """Large batches are reordered by columns; batches of three are not."""
+    generator = torch.Generator().manual_seed(num_samples)
+    x = torch.randn(num_samples, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(5, (num_samples,), generator=generator)
+    model = nn.Sequential(nn.Linear(5, 5), nn.LogSoftmax(dim=1)).double()
+    large = Objective(model, criterion, (x, y))
+    small = Objective(model, criterion, (x, y), batch_size=3)
+    w = large.weights()
+    torch.testing.assert_close(large.sample_losses(w), small.sample_losses(w), **EXACT)

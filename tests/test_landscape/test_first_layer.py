@@ -143,3 +143,12 @@ def test_the_layer_comes_back_after_an_exception():
     with pytest.raises(ZeroDivisionError):
         evaluate(failing, Line(w, 2 * w), [0.0, 0.5, 1.0], speed=REUSE)
     assert all("forward" not in vars(module) for module in objective.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [({"batch_size": 0}, "`batch_size` must be at least 1"), ({"threads": -1}, "`threads` must")],
+)
+def test_plans_out_of_range_are_refused(option, words):
+    with pytest.raises(ValueError, match=words):
+        Plan(**option)
