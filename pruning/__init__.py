@@ -16,8 +16,11 @@ from pruning.gradual_magnitude import GradualMagnitude
 from pruning.grda import GRDA, TheoremWarning
 from pruning.keep_zeros import KeptZeros, keep_zeros
 from pruning.layer_inputs import LayerInputs, input_moments
+from pruning.layer_trim import LayerTrim
 from pruning.magnitude import magnitude_prune, random_prune
 from pruning.masks import Masks
+from pruning.net_trim_layer import net_trim_layer, net_trim_path
+from pruning.net_trim_program import LayerProgram
 from pruning.obc import LayerError, LayerTrace, ObcPruned, ObcTraces, obc_traces
 from pruning.obd import ObdPruned, obd_prune
 from pruning.pruned import Pruned
@@ -41,7 +44,9 @@ __all__ = [
     "KrylovSolver",
     "LayerError",
     "LayerInputs",
+    "LayerProgram",
     "LayerTrace",
+    "LayerTrim",
     "Masks",
     "ObcPruned",
     "ObcTraces",
@@ -66,6 +71,8 @@ __all__ = [
     "keep_zeros",
     "lambda_for_sparsity",
     "magnitude_prune",
+    "net_trim_layer",
+    "net_trim_path",
     "obc_traces",
     "obd_prune",
     "random_prune",
