@@ -29,7 +29,7 @@ from hessian import Objective
 from landscape import Plan, Plane, evaluate, grid, random_directions
 
 AGREE = 1e-5
-REPEATS = 1
+REPEATS = 3
 BATCH = 128
 
 
@@ -67,9 +67,9 @@ def lenet_5_mnist() -> nn.Module:
 
 
 SETTINGS = {
-    "mlp": Setting("LeNet-300-100, MNIST", "mnist", lenet_300_100_mnist, 2_000, 9, 3, 10.0),
+    "mlp": Setting("LeNet-300-100, MNIST", "mnist", lenet_300_100_mnist, 2_000, 17, 3, 10.0),
     "mlp-cifar10": Setting(
-        "LeNet-300-100, CIFAR-10", "cifar10", lenet_300_100_cifar10, 2_000, 7, 3, 10.0
+        "LeNet-300-100, CIFAR-10", "cifar10", lenet_300_100_cifar10, 2_000, 21, 3, 10.0
     ),
     "cnn": Setting("LeNet-5, MNIST", "mnist", lenet_5_mnist, 500, 4, 1, 3.0),
 }

@@ -105,7 +105,7 @@ class PointMeter:
     def measure(self, point: Tensor) -> Tensor:
         """Return count, sum and sum of squares of every column, shape [columns, 3], float64.
 
-        A number that is not one of samples counts once. What is not finite is NaN.
+        A number that is not one of samples counts once. Sums may be infinite.
         """
         self._move_to(point)
         rows: list[Tensor] = []
@@ -118,7 +118,7 @@ class PointMeter:
             if any(metric not in PER_SAMPLE for metric in self._metrics):
                 found |= self._of_derivatives(objective)
             rows += [found[metric] for metric in self._metrics]
-        return without_infinities(torch.stack(rows))
+        return torch.stack(rows)
 
     def samples(self, point: Tensor) -> Tensor:
         """Return every sample's value of one column after the other, float64 on the CPU.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hessian.distributed import Ranks
-from landscape.point_meter import PointMeter
+from landscape.point_meter import PointMeter, without_infinities
 from landscape.shards import CHUNK, Shards
 
 Progress: TypeAlias = Callable[[int, int], object]
@@ -107,7 +107,7 @@ def _here(
         for point in points:
             parts.append(meter.samples(point) if samples else meter.measure(point))
             add(1)
-        yield k, torch.stack(parts)
+        yield k, _numbers(parts, samples)
 
 
 def _elsewhere(
@@ -158,4 +158,9 @@ def _serve(points: list[Any], samples: bool) -> Any:
     """Numbers of NumPy, not tensors, which would need shared memory on the way."""
     measure = _METER[0].samples if samples else _METER[0].measure
     rows = torch.tensor(points, dtype=torch.float64)
-    return torch.stack([measure(row) for row in rows]).numpy()
+    return _numbers([measure(row) for row in rows], samples).numpy()
+
+
+def _numbers(parts: list[Tensor], samples: bool) -> Tensor:
+    table = torch.stack(parts)
+    return table if samples else without_infinities(table)

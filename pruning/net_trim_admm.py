@@ -151,7 +151,8 @@ class Splitting:
         total = self._U.new_zeros((), dtype=torch.float64)
         for rows in self._blocks:
             D = self._D[rows].sub_(self._v[rows]).sub_(self._T[rows], alpha=2.0)
-            total += _square(self._in_ball(D, rows))
+            # In the products' own precision: a float64 sum of float32 takes a pass of its own.
+            total += torch.linalg.vector_norm(self._in_ball(D, rows)).double().square()
         tiny = torch.finfo(torch.float64).tiny
         share = (radius / total.sqrt().clamp(min=tiny)).clamp(max=1.0).to(self._D.dtype)
         for rows in self._blocks:

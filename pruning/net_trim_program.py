@@ -77,6 +77,7 @@ class LayerProgram:
 
     _options: tuple[bool, float, float, Precision, int | None]
 
+    @torch.no_grad()
     def __init__(
         self,
         W: Float[Tensor, "m n"],
@@ -114,6 +115,7 @@ class LayerProgram:
         self._options = (ball == "joint", rho, relaxation, precision, chunk)
 
     @classmethod
+    @torch.no_grad()
     def from_gram(
         cls,
         W: Float[Tensor, "m n"],
@@ -162,6 +164,7 @@ class LayerProgram:
         self._size = target_size(targets)
         self._splitting: Splitting | None = None
 
+    @torch.no_grad()
     def solve(
         self,
         epsilon: float,
@@ -228,10 +231,9 @@ class LayerProgram:
             work.start_at(start)
         m, n = self._W.shape
         once = 4.0 * len(self._targets.X) * m * n + 2.0 * n * n * m
-        flops, balanced = 0.0, 0
+        balanced = 0
         for k in range(1, max_iterations + 1):
             last = k == max_iterations
-            flops += once
             if k % CHECK and not last:
                 work.step(radius / work.c0)
                 continue
@@ -241,13 +243,13 @@ class LayerProgram:
             small = max(measures.primal, measures.dual) <= tol
             if small or last:
                 sparse = work.sparse.to(self._W.dtype)
-                trim = self._trim(sparse, epsilon, measures, k, flops, converged=small)
+                trim = self._trim(sparse, epsilon, measures, k, k * once, converged=small)
                 if trim.converged or last:
                     break
             work.anchor()
             if k >= balanced:
                 balanced = k + k // 4
-                flops += once * work.balance(measures)
+                work.balance(measures)
         return replace(trim, lower_bound=self._lower_bound(work, radius))
 
     def _split(self) -> Splitting:

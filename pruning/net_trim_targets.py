@@ -148,17 +148,19 @@ class TargetSize(NamedTuple):
     norm: float
     """‖T_Ω‖_F, with what is hidden."""
     scale: float
-    """Root mean square of T_Ω; 0 where nothing is active."""
+    """Root mean square of T_Ω, or of all of T where nothing is active."""
     zero_fits: bool
     """Whether weights of zero leave all inactive outputs at most at their bounds."""
 
 
 def target_size(targets: LayerTargets) -> TargetSize:
     """Return how large the targets of a layer are."""
-    total, count, fits = targets.hidden, 0, True
+    total, whole, count, fits = 0.0, 0.0, 0, True
     for _, _, T, active in targets.chunks():
         near = T if active is None else T * active
         total += float(near.square().sum())
+        whole += float(T.square().sum())
         count += T.numel() if active is None else int(active.sum())
         fits = fits and (active is None or bool(((T >= 0) | active).all()))
-    return TargetSize(math.sqrt(total), math.sqrt(total / count) if count else 0.0, fits)
+    mean = total / count if count else whole / max(targets.Y.numel(), 1)
+    return TargetSize(math.sqrt(total + targets.hidden), math.sqrt(mean), fits)
