@@ -12,6 +12,10 @@ SLACK = 1e-3
 RESOLUTION = 1e-6
 """A discrepancy of this share of the targets' norm counts as none: ε = 0 is met up to it."""
 
+DUAL_SHARE = 10.0
+"""By what the dual residual may be larger than the primal one: in the objective it counts times the
+distance from the optimum."""
+
 
 @dataclass(frozen=True)
 class LayerTrim:
@@ -41,8 +45,8 @@ class LayerTrim:
     dual_residual: float
     """What is left of the Lagrangian's gradient, as a share of its parts."""
     converged: bool
-    """Whether the weights are feasible and both residuals at most ``tol``. After a refit: whether
-    those before were, and the discrepancy has not grown."""
+    """Whether the weights are feasible, and the residuals at most ``tol`` and ten times that. After
+    a refit: whether those before were; the discrepancy has not grown."""
     joint: bool
     """Whether inactive outputs are in the discrepancy rather than bounded one by one."""
     seconds: float
@@ -81,6 +85,7 @@ def shortfall(trim: LayerTrim, tol: float) -> str:
     return (
         f"Net-Trim did not converge in {trim.iterations} iterations: discrepancy "
         f"{trim.discrepancy:.6g} for ε = {trim.epsilon:.6g}{violation} (goal {SLACK:g}), residuals "
-        f"{trim.primal_residual:.1e} and {trim.dual_residual:.1e} (goal {tol:g}). Raise "
-        "`max_iterations`, or `epsilon` if no weights may come as near."
+        f"{trim.primal_residual:.1e} and {trim.dual_residual:.1e} (goals {tol:g} and "
+        f"{DUAL_SHARE * tol:g}). Raise `max_iterations`, or `epsilon` if no weights may come as "
+        "near."
     )

@@ -81,7 +81,8 @@ def net_trim_layer(
         start: Weights to start from. Default: zero.
         rho: ρ to begin with, in units in which inputs and weights are about 1; it is adapted.
         relaxation: α of over-relaxation, in (0, 2).
-        tol: Of both residuals, as shares of the norms of what they are differences of.
+        tol: Of the primal residual, as a share of the targets' norm; the dual one, as a share of
+            the penalties' norm, may be ten times as large. The default gives objectives to 10⁻⁴.
         max_iterations: Budget.
         chunk: Samples whose inputs and outputs are held in float64, and worked on between the
             products, at a time. Default: 32 MiB of them, and what the caches hold.
@@ -91,7 +92,9 @@ def net_trim_layer(
 
     Returns:
         The weights, in the dtype of W, with what was measured on them. Where they are not feasible
-        or the residuals not small at the end of the budget, ``converged`` is False.
+        or the residuals not small at the end of the budget, ``converged`` is False. Where V is
+        all that holds, as on pruned inputs, thousands of iterations may be needed; the joint ball
+        with V = 0 then takes a hundred, and gives the same bound on the outputs.
 
     Raises:
         ValueError: If shapes do not fit, Y has negative entries before a ReLU, ε is negative or
@@ -161,7 +164,7 @@ def net_trim_path(
         program: The layer's program.
         epsilons: In the order in which they are solved; neighbours should be near.
         refit: As for ``net_trim_layer``.
-        tol: Of the residuals.
+        tol: As for ``net_trim_layer``.
         max_iterations: Budget of each.
         progress: Called with the number of ε done and of all.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hessian.errors import ConvergenceWarning
-from pruning.layer_trim import LayerTrim, shortfall
+from pruning.layer_trim import DUAL_SHARE, LayerTrim, shortfall
 from pruning.net_trim_admm import Measures, Splitting
 from pruning.net_trim_certificate import certify, lower_bound
 from pruning.net_trim_checks import (
@@ -164,7 +164,6 @@ class LayerProgram:
         self._size = target_size(targets)
         self._splitting: Splitting | None = None
 
-    @torch.no_grad()
     def solve(
         self,
         epsilon: float,
@@ -182,7 +181,7 @@ class LayerProgram:
             epsilon: As for ``net_trim_layer``, like all the others.
             refit: Whether to fit the weights that are left anew.
             start: Weights to start from instead.
-            tol: Of the residuals.
+            tol: Of the primal residual; the dual one may be ten times as large.
             max_iterations: Budget.
             progress: Called with the iterations done and the budget.
             stacklevel: Of the warning, as seen by the caller.
@@ -194,6 +193,8 @@ class LayerProgram:
             ConvergenceWarning: As ``net_trim_layer``.
         """
         require_goal(epsilon, tol, max_iterations)
+        if start is not None:
+            require_start(start, self._W)
         began = time.perf_counter()
         squared = epsilon**2 - self._targets.hidden
         if squared < 0.0:
@@ -201,17 +202,17 @@ class LayerProgram:
                 "`epsilon` must be at least the distance of the targets from what the inputs can "
                 f"give, {math.sqrt(self._targets.hidden):.6g}, got {epsilon}."
             )
-        if start is not None:
-            require_start(start, self._W)
-        if self._size.zero_fits and self._size.norm <= epsilon:
-            zero = torch.zeros_like(self._W)
-            trim = self._trim(zero, epsilon, Measures(0.0, 0.0), 0, 0.0)
-        else:
-            trim = self._iterate(epsilon, math.sqrt(squared), start, tol, max_iterations, progress)
-        if not trim.converged:
-            warnings.warn(shortfall(trim, tol), ConvergenceWarning, stacklevel=stacklevel)
-        if refit:
-            trim = self._refit(trim)
+        with torch.no_grad():
+            if self._size.zero_fits and self._size.norm <= epsilon:
+                zero = torch.zeros_like(self._W)
+                trim = self._trim(zero, epsilon, Measures(0.0, 0.0), 0, 0.0)
+            else:
+                radius = math.sqrt(squared)
+                trim = self._iterate(epsilon, radius, start, tol, max_iterations, progress)
+            if not trim.converged:
+                warnings.warn(shortfall(trim, tol), ConvergenceWarning, stacklevel=stacklevel)
+            if refit:
+                trim = self._refit(trim)
         return replace(trim, seconds=time.perf_counter() - began)
 
     def _iterate(
@@ -240,7 +241,7 @@ class LayerProgram:
             measures = work.measured_step(radius / work.c0)
             if progress is not None:
                 progress(k, max_iterations)
-            small = max(measures.primal, measures.dual) <= tol
+            small = measures.primal <= tol and measures.dual <= DUAL_SHARE * tol
             if small or last:
                 sparse = work.sparse.to(self._W.dtype)
                 trim = self._trim(sparse, epsilon, measures, k, k * once, converged=small)

@@ -114,6 +114,11 @@ def from_moments(
     samples drops out.
     """
     values, vectors = torch.linalg.eigh(gram.double())
+    if float(values[0]) < -1e-4 * float(values[-1].abs()):
+        raise ValueError(
+            "`gram` must have no negative eigenvalue, as a sum of squares has none, got "
+            f"{float(values[0]):.4g}. Pass Xᵀ X."
+        )
     # What is left of directions that no sample has is rounding.
     seen = values > values[-1:].clamp(min=0.0) * len(gram) * torch.finfo(torch.float64).eps
     roots = values[seen].sqrt()

@@ -1,0 +1,141 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pruning import net_trim_layer
+from pruning.net_trim_refit import refitted
+from pruning.net_trim_targets import LayerTargets
+from tests.test_pruning import net_trim_reference as reference
+from tests.test_pruning.test_net_trim_layer import layer, normal, relu_goal
+
+
+def sparse(W, share=0.6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return W * (torch.rand(W.shape, generator=generator, dtype=W.dtype) > share)
+
+
+def distances(U, X, Y, S=0.0):
+    """By neuron: squared distance as the refit counts it, and of the outputs."""
+    Z = X @ U.T + S
+    off = torch.where(Y > 0, Z - Y, Z.relu())
+    return off.square().sum(dim=0), (Z.relu() - Y).square().sum(dim=0)
+
+
+@pytest.mark.oracle
+def test_distance_is_the_least_on_the_support():
+    pytest.importorskip("cvxpy")
+    W, X = layer(15, 5, 90)
+    S = normal(90, 5, seed=4)
+    Y = (X @ W.T + S).relu()
+    U = sparse(W)
+    found = refitted(U, LayerTargets(X, Y, "relu", offset=S))
+    assert torch.equal(found != 0, U != 0)
+    after, _ = distances(found, X, Y, S)
+    before, _ = distances(U, X, Y, S)
+    for row in range(5):
+        least = reference.refitted(X, Y[:, row], S[:, row], U[row] != 0)
+        assert float(after[row]) == pytest.approx(least, rel=1e-5)
+        assert least < float(before[row])
+
+
+def test_refit_is_stationary_and_never_further_away():
+    W, X = layer(31, 9, 60)
+    Y, _ = relu_goal(W, X)
+    for seed, share in enumerate((0.2, 0.6, 0.9)):
+        U = sparse(W, share, seed)
+        U[2] = 0.0
+        U[3, 1:] = 0.0  # supports of different sizes
+        found = refitted(U, LayerTargets(X, Y, "relu"))
+        assert not found[U == 0].any() and not found[2].any()
+        before, after = distances(U, X, Y), distances(found, X, Y)
+        assert torch.all(after[0] <= before[0]) and torch.all(after[1] <= before[1])
+        Z = X @ found.T
+        gradient = torch.where(Y > 0, Z - Y, Z.relu()).T @ X
+        moved = torch.any(found != U, dim=1)
+        assert moved.sum() >= 4  # the others' outputs would come no nearer
+        scale = float((Y.T @ X).abs().max())
+        assert float((gradient * (U != 0))[moved].abs().max()) < 1e-6 * scale
+
+
+def test_a_neuron_whose_outputs_would_come_no_nearer_stays():
+    # Least distance pulls an active output up from far below zero, where it costs nothing.
+    X = torch.tensor([[1.0], [0.9], [-1.0]]).double()
+    Y = torch.tensor([[0.0], [0.0], [1.0]]).double()
+    U = torch.tensor([[0.5]]).double()
+    targets = LayerTargets(X, Y, "relu")
+    found = refitted(U, targets)
+    before, after = distances(U, X, Y), distances(found, X, Y)
+    assert torch.all(after[0] <= before[0]) and torch.all(after[1] <= before[1])
+    grown = torch.tensor([[-5.0]]).double()
+    X = torch.tensor([[1.0], [-0.2]]).double()
+    Y = torch.tensor([[0.1], [1.0]]).double()
+    found = refitted(grown, LayerTargets(X, Y, "relu"))
+    assert torch.equal(found, grown)  # 0.1² + 0² before; the nearest is at about −0.1
+
+
+def test_linear_refit_is_least_squares_on_the_support():
+    W, X = layer(15, 5, 90)
+    Y = X @ W.T + 0.1 * normal(90, 5, seed=3)
+    U = sparse(W)
+    found = refitted(U, LayerTargets(X, Y, "linear"))
+    for row in range(5):
+        kept = U[row] != 0
+        expected = torch.linalg.lstsq(X[:, kept], Y[:, row : row + 1]).solution[:, 0]
+        assert_close(found[row, kept], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_repeated_and_dead_inputs_do_no_harm():
+    W, X = layer(15, 5, 10)
+    X[:, 4] = X[:, 5]
+    X[:, 6] = 0.0
+    Y, _ = relu_goal(W, X)
+    found = refitted(W, LayerTargets(X, Y, "relu"))
+    assert torch.isfinite(found).all()
+    U = sparse(W, 0.3)
+    found = refitted(U, LayerTargets(X, Y, "relu"))
+    assert torch.isfinite(found).all()
+    assert torch.all(distances(found, X, Y)[0] <= distances(U, X, Y)[0])
+
+
+def test_chunks_of_neurons_and_samples_do_not_matter(monkeypatch):
+    W, X = layer(21, 6, 100)
+    Y, _ = relu_goal(W, X)
+    U, targets = sparse(W), LayerTargets(X, Y, "relu")
+    whole = refitted(U, targets)
+    for size in (1, 20_000):
+        monkeypatch.setattr("pruning.net_trim_refit.CHUNK_BYTES", size)
+        assert_close(refitted(U, targets), whole, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["relu", "linear"])
+def test_refit_of_a_trim_keeps_zeros_and_brings_outputs_nearer(kind):
+    W, X = layer(31, 7, 200)
+    Y = X @ W.T if kind == "linear" else (X @ W.T).relu()
+    epsilon = 0.2 * float(Y.norm())
+    plain = net_trim_layer(W, X, epsilon=epsilon, kind=kind)
+    fitted = net_trim_layer(W, X, epsilon=epsilon, kind=kind, refit=True)
+    assert not fitted.weights[plain.weights == 0].any()
+    assert fitted.converged and fitted.feasible and fitted.joint
+    assert fitted.output_discrepancy < 0.7 * plain.output_discrepancy
+    assert fitted.output_discrepancy <= fitted.discrepancy <= plain.discrepancy * (1 + 1e-6)
+    Z = X @ fitted.weights.T
+    off = Z - Y if kind == "linear" else torch.where(Y > 0, Z - Y, Z.relu())
+    assert fitted.discrepancy == pytest.approx(float(off.norm()), rel=1e-9)
+    assert fitted.objective == pytest.approx(float(fitted.weights.abs().sum()))
+    assert fitted.lower_bound == plain.lower_bound
+    assert (fitted.violation > 1e-3) == (kind == "relu")
+
+
+def test_refit_on_pruned_inputs_forgets_the_bound():
+    W, X = layer(21, 6, 120)
+    Y, active = relu_goal(W, X)
+    changed = X + 0.1 * normal(*X.shape, seed=5)
+    V = changed @ W.T
+    epsilon = math.sqrt(1.1) * float(((V - Y) * active).norm())
+    plain = net_trim_layer(W, changed, Y, epsilon=epsilon, bound=V)
+    fitted = net_trim_layer(W, changed, Y, epsilon=epsilon, bound=V, refit=True)
+    before, after = (distances(t.weights, changed, Y)[1].sum().sqrt() for t in (plain, fitted))
+    assert float(after) == pytest.approx(fitted.output_discrepancy)
+    assert float(after) < 0.95 * float(before)
