@@ -280,6 +280,7 @@ def test_chunks_do_not_matter():
             cut = net_trim_layer(W, X, epsilon=2.0, chunk=chunk, **options)
             assert_close(cut.weights, whole.weights, rtol=1e-7, atol=1e-9)
             assert cut.discrepancy == pytest.approx(whole.discrepancy, rel=1e-9)
+            assert cut.violation == pytest.approx(whole.violation, rel=1e-4)
             assert cut.lower_bound == pytest.approx(whole.lower_bound, rel=1e-7)
 
 
