@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flatvalley.data import load_dataset
 from hessian import ConvergenceWarning
 from pruning import LayerProgram, LayerTrim, net_trim_layer
+from pruning.net_trim_setup import SplitOptions, splitting_of
 
 SHARE = 0.1
 """ε over ‖Y‖_F."""
@@ -110,9 +111,15 @@ def plain_iterations(W: Tensor, X: Tensor, epsilon: float) -> LayerTrim:
 
     It is run by our code, which makes the same iterates (a test holds it to that) in less time.
     """
-    layer = LayerProgram(W, X, rho=PLAIN_RHO, relaxation=1.0, precision="mixed")
-    layer._c0 = PLAIN_UNIT * math.sqrt(float((X.T @ X).max()))
-    work = layer._splitting = layer._split()
+    layer = LayerProgram(W, X, precision="mixed")
+    work = layer._splitting = splitting_of(
+        W,
+        layer._targets,
+        layer._G,
+        layer._penalty,
+        SplitOptions(False, PLAIN_RHO, 1.0, "mixed"),
+        c0=PLAIN_UNIT * math.sqrt(float((X.T @ X).max())),
+    )
     work.balance = lambda measures: False  # type: ignore[method-assign]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -178,7 +185,7 @@ def against_plain() -> list[str]:
     epsilon = SHARE * float((X @ W.T).relu().norm())
     plain = Plain(W, X, epsilon)
     programs = {kind: LayerProgram(W, X, precision=kind) for kind in ("full", "mixed")}
-    works = {kind: program._split() for kind, program in programs.items()}
+    works = {kind: program.split() for kind, program in programs.items()}
     twenty = 20  # as many as between two looks
 
     def iterate(kind: str) -> Callable[[], None]:

@@ -14,9 +14,9 @@ from pruning.net_trim_program import (
     TOL,
     Ball,
     LayerProgram,
-    Precision,
     Progress,
 )
+from pruning.net_trim_setup import Precision
 from pruning.net_trim_targets import Kind
 
 

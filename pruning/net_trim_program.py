@@ -25,6 +25,7 @@ from pruning.net_trim_checks import (
     require_start,
 )
 from pruning.net_trim_refit import refitted
+from pruning.net_trim_setup import Precision, SplitOptions, mean_penalty, splitting_of
 from pruning.net_trim_targets import (
     Kind,
     LayerTargets,
@@ -36,16 +37,12 @@ from pruning.net_trim_targets import (
 )
 
 Ball: TypeAlias = Literal["split", "joint"]
-Precision: TypeAlias = Literal["full", "mixed"]
 Progress: TypeAlias = Callable[[int, int], None]
 
 RHO, RELAXATION, TOL, MAX_ITERATIONS = 1.0, 1.6, 1e-4, 3000
 
 CHECK = 20
 """Iterations between two looks at the residuals; a look costs half an iteration more."""
-
-SEEN = 1e-10
-"""Eigenvalues of Xᵀ X below this share of the largest one are of directions that no sample has."""
 
 
 class LayerProgram:
@@ -74,7 +71,7 @@ class LayerProgram:
         NonFiniteError: As ``net_trim_layer``.
     """
 
-    _options: tuple[bool, float, float, Precision, int | None]
+    _options: SplitOptions
 
     @torch.no_grad()
     def __init__(
@@ -111,7 +108,7 @@ class LayerProgram:
         if gram or (gram is None and kind == "linear" and len(X) > X.shape[1]):
             targets = reduced(targets, W, G, own=Y is None)
         self._set_up(W, targets, G, penalties(W, penalty, penalise_bias))
-        self._options = (ball == "joint", rho, relaxation, precision, chunk)
+        self._options = SplitOptions(ball == "joint", rho, relaxation, precision, chunk)
 
     @classmethod
     @torch.no_grad()
@@ -155,12 +152,12 @@ class LayerProgram:
         program._set_up(
             W, from_moments(W, G, cross, square), G, penalties(W, penalty, penalise_bias)
         )
-        program._options = (False, rho, relaxation, precision, None)
+        program._options = SplitOptions(False, rho, relaxation, precision)
         return program
 
     def _set_up(self, W: Tensor, targets: LayerTargets, G: Tensor, penalty: Tensor) -> None:
         self._W, self._targets, self._penalty, self._G = W, targets, penalty, G
-        self._size, self._c0 = target_size(targets), _input_unit(G)
+        self._size = target_size(targets)
         self._splitting: Splitting | None = None
 
     def solve(
@@ -225,7 +222,7 @@ class LayerProgram:
     ) -> LayerTrim:
         """Iterate until the residuals are small and what is returned is feasible."""
         if self._splitting is None:
-            self._splitting = self._split()
+            self._splitting = self.split()
         work = self._splitting
         if start is not None:
             work.start_at(start)
@@ -252,42 +249,14 @@ class LayerProgram:
                 work.balance(measures)
         return replace(trim, lower_bound=self._lower_bound(work, radius))
 
-    def _split(self) -> Splitting:
-        joint, rho, relaxation, precision, chunk = self._options
-        targets, G = self._targets, self._G
-        dtype = torch.float64 if precision == "full" else torch.float32
-        C = G / self._c0**2
-        C.diagonal().add_(1.0)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(C))
-        T = targets.X.new_empty(len(targets.X), len(self._W), dtype=dtype)
-        relu = targets.kind == "relu"
-        active = torch.empty(T.shape, dtype=torch.bool, device=T.device) if relu else None
-        for rows, _, goal, near in targets.chunks():
-            T[rows] = goal.div_(self._c0).to(dtype)
-            if active is not None and near is not None:
-                active[rows] = near
-        return Splitting(
-            targets.X.to(dtype),
-            T,
-            active,
-            self._penalty / self._mean_penalty,
-            inverse,
-            c0=self._c0,
-            unit=float(self._W.double().abs().mean()) or 1.0,
-            rho=rho,
-            joint=joint,
-            relaxation=relaxation,
-            block=chunk,
-        )
-
-    @property
-    def _mean_penalty(self) -> float:
-        return float(self._penalty.sum() / (self._penalty > 0).sum())
+    def split(self) -> Splitting:
+        """Return the iteration at its start: a factorisation, and a copy of the targets."""
+        return splitting_of(self._W, self._targets, self._G, self._penalty, self._options)
 
     def _lower_bound(self, work: Splitting, radius: float) -> float:
         """Return the bound that the multipliers left by a look prove."""
-        multipliers = work.multipliers().mul_(self._mean_penalty / work.c0)
-        joint = self._options[0]
+        multipliers = work.multipliers().mul_(mean_penalty(self._penalty) / work.c0)
+        joint = self._options.joint
         return lower_bound(multipliers, self._targets, self._penalty, radius, joint=joint)
 
     def _trim(
@@ -301,7 +270,7 @@ class LayerProgram:
         converged: bool = True,
     ) -> LayerTrim:
         """Return weights with what they do, measured in float64."""
-        joint = self._options[0]
+        joint = self._options.joint
         seen = certify(weights, self._targets, self._size.scale)
         trim = LayerTrim(
             weights=weights,
@@ -343,15 +312,3 @@ class LayerProgram:
             objective=float((self._penalty * weights.double().abs()).sum()),
             joint=True,
         )
-
-
-def _input_unit(G: Tensor) -> float:
-    """Return c₀: the root of the median eigenvalue of Xᵀ X, among those that are not zero.
-
-    Half of the directions then lie above the identity in Xᵀ X / c₀² + I, and half below. The
-    authors take .3 of the root of the largest entry; by that scale, the median is at .1 for layers
-    of MNIST networks and at .9 for Gaussian inputs, and near it each takes the fewest iterations.
-    """
-    values = torch.linalg.eigvalsh(G)
-    seen = values[values > SEEN * values[-1].clamp(min=0.0)]
-    return math.sqrt(float(seen.median())) if len(seen) else 1.0

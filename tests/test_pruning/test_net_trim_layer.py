@@ -114,7 +114,7 @@ def test_iterations_are_the_published_ones(relaxation):
     W, X = layer(9, 4, 60)
     T, active = relu_goal(W, X)
     program = LayerProgram(W, X, rho=3.0, relaxation=relaxation)
-    work = program._split()
+    work = program.split()
     expected = reference.published(
         X,
         T,
@@ -304,7 +304,7 @@ def test_rounding_of_moves_is_made_good():
     W, X = layer(51, 20, 300)
     X[:, :10] = X[:, :1] * 30.0 + 1e-2 * X[:, :10]  # nearly one input
     program = LayerProgram(W, X, precision="mixed")
-    work = program._split()
+    work = program.split()
     for _ in range(300):
         work.step(3.0 / work.c0)
     drifted = work._U.clone()
@@ -396,7 +396,7 @@ def test_progress_and_start_are_heard():
     )
     assert seen == [(k, 3000) for k in range(20, trim.iterations + 1, 20)]
     program = LayerProgram(W, X)
-    work = program._split()
+    work = program.split()
     work.start_at(W)
     assert_close(work._v, X @ W.T / work.c0 - work._T)  # as if projected on the graph
     work.step(0.0)
