@@ -34,10 +34,10 @@ PLAIN_RHO = 10.0
 PLAIN_UNIT = 0.3
 """Of its c₀, as the authors have it."""
 
-MOST_PLAIN = 1000
+MOST_PLAIN = 400
 """Iterations after which the plain one is given up."""
 
-REPEATS = 3
+REPEATS = 2
 
 SOLVER_REPEATS = 1
 """After a warm-up: they take long."""

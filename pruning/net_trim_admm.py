@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-BLOCK_ENTRIES = 1 << 17
+BLOCK_ENTRIES, BLOCK_ENTRIES_ON_GPU = 1 << 17, 1 << 24
 """Outputs that are worked on at a time between two products: on a CPU, what its caches hold."""
 
 BALANCED = 1.5
@@ -78,7 +78,8 @@ class Splitting:
         self._penalty, self._inverse = penalty.to(X.dtype), inverse.to(X.dtype)
         self._exact_inverse = None if X.dtype == torch.float64 else inverse
         if block is None:
-            block = len(T) if X.is_cuda else max(16, BLOCK_ENTRIES // T.shape[1])
+            entries = BLOCK_ENTRIES_ON_GPU if X.is_cuda else BLOCK_ENTRIES
+            block = max(16, entries // T.shape[1])
         self._blocks = [slice(i, i + block) for i in range(0, len(T), block)]
         self._spare = T.new_empty(min(block, len(T)), T.shape[1])
         self._sizes = math.sqrt(float(_square(T))), math.sqrt(float(_square(penalty)))
@@ -86,6 +87,12 @@ class Splitting:
         self._U = torch.zeros_like(self._penalty)
         self._V, self._R = torch.zeros_like(self._U), torch.empty_like(self._U)
         self.sparse = torch.zeros_like(self._U)
+        self._share = self._U.new_zeros(())
+
+    @property
+    def ball_is_loose(self) -> bool:
+        """Whether outputs were well inside the ball at the last iteration."""
+        return float(self._share) == 1.0
 
     def start_at(self, W: Float[Tensor, "m n"]) -> None:
         """Begin at weights, with no duals."""
@@ -156,6 +163,7 @@ class Splitting:
             total += torch.linalg.vector_norm(self._in_ball(D, rows)).double().square()
         tiny = torch.finfo(torch.float64).tiny
         share = (radius / total.sqrt().clamp(min=tiny)).clamp(max=1.0).to(self._D.dtype)
+        self._share = share
         for rows in self._blocks:
             self._move(self._D[rows], self._v[rows], rows, share)
         reflected = torch.mul(self._U, 2.0, out=self.sparse).sub_(self._V)

@@ -268,6 +268,9 @@ def test_moments_of_a_linear_layer_give_what_its_samples_give(p):
         assert by_moments.flops / by_moments.iterations == 6 * 21 * 21 * 6
         with pytest.raises(ValueError, match=r"`epsilon` must be at least the distance.*got"):
             LayerProgram.from_gram(W, *moments).solve(0.99 * float(left.norm()))
+        # What is least is rounded: the distance of the best weights themselves will do.
+        nearest = LayerProgram.from_gram(W, *moments).solve(float(left.norm()) * (1 - 1e-13))
+        assert nearest.discrepancy == pytest.approx(float(left.norm()), rel=1e-9)
     own = LayerProgram.from_gram(W, X.T @ X).solve(1.0)
     assert own.discrepancy == pytest.approx(float((X @ (own.weights - W).T).norm()), rel=1e-6)
 
