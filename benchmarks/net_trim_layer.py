@@ -34,7 +34,7 @@ PLAIN_RHO = 10.0
 PLAIN_UNIT = 0.3
 """Of its c₀, as the authors have it."""
 
-MOST_PLAIN = 400
+MOST_PLAIN = 1000
 """Iterations after which the plain one is given up."""
 
 REPEATS = 2

@@ -188,6 +188,7 @@ def test_zero_does_not_do_where_a_bound_is_negative():
     Y, _ = relu_goal(W, X)
     trim = net_trim_layer(W, X, epsilon=2.0 * float(Y.norm()), bound=X @ W.T, max_iterations=10_000)
     assert trim.converged and trim.weights.any()
+    assert trim.ratio < 0.9 and trim.iterations < 10_000  # the ball does not hold
 
 
 def test_objectives_fall_along_a_path_and_are_those_of_cold_starts():
@@ -389,6 +390,20 @@ def test_a_spent_budget_is_told_and_the_result_says_so():
     with pytest.warns(ConvergenceWarning, match="`epsilon` if no weights may come as near"):
         trim = net_trim_layer(W, X, (X @ W.T).relu() + 5.0, epsilon=1.0, max_iterations=200)
     assert not trim.converged and not trim.feasible and trim.ratio > 1.001
+
+
+def test_small_residuals_alone_do_not_stop_it():
+    W, X = layer(31, 7, 200)
+    trim = net_trim_layer(W, X, epsilon=3.0, tol=1e3)
+    assert trim.converged and trim.feasible and trim.ratio <= 1.001 and trim.violation <= 1e-3
+    with pytest.warns(ConvergenceWarning):
+        trim = net_trim_layer(W, X, epsilon=3.0, tol=1e3, max_iterations=5)
+    assert not trim.converged and not trim.feasible
+    assert trim.primal_residual < 1e3 and trim.dual_residual < 1e4
+    # A ball that holds is touched.
+    W, X = layer(25, 1, 10, seed=3)
+    trim = net_trim_layer(W, X, epsilon=0.7 * float((X @ W.T).norm()), kind="linear")
+    assert trim.converged and abs(trim.ratio - 1.0) <= 1e-4
 
 
 def test_progress_and_start_are_heard():

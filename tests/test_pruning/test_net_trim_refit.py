@@ -138,4 +138,6 @@ def test_refit_on_pruned_inputs_forgets_the_bound():
     fitted = net_trim_layer(W, changed, Y, epsilon=epsilon, bound=V, refit=True)
     before, after = (distances(t.weights, changed, Y)[1].sum().sqrt() for t in (plain, fitted))
     assert float(after) == pytest.approx(fitted.output_discrepancy)
+    whole = distances(fitted.weights, changed, Y)[0].sum().sqrt()
+    assert fitted.discrepancy == pytest.approx(float(whole), rel=1e-9)
     assert float(after) < 0.95 * float(before)
