@@ -74,7 +74,9 @@ class Splitting:
         block: int | None = None,
     ) -> None:
         self.c0, self.unit, self.rho, self.alpha = c0, unit, rho, relaxation
-        self._X, self._T, self._active, self._joint = X, T, active, joint
+        self._X, self._T, self._joint = X, T, joint
+        # As numbers: products of numbers with truth values take three times as long.
+        self._active = None if active is None else active.to(T.dtype)
         self._penalty, self._inverse = penalty.to(X.dtype), inverse.to(X.dtype)
         self._exact_inverse = None if X.dtype == torch.float64 else inverse
         if block is None:

@@ -58,9 +58,8 @@ def net_trim_layer(
     and P samples, and a few hundred iterations. A linear layer with more samples than inputs is
     solved by its moments, as if P were N.
 
-    Memory beside W, X and Y: three matrices [p, m] in the precision of the products and a byte
-    for each of their entries, ten of [m, n], three of [n, n], a copy of X where its dtype differs,
-    and what ``chunk`` says.
+    Memory beside W, X and Y: four matrices [p, m] in the precision of the products, ten of [m, n],
+    three of [n, n], a copy of X where its dtype differs, and what ``chunk`` says.
 
     Args:
         W: Weights of the layer, a row an output; a bias is the last column.
