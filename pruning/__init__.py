@@ -20,7 +20,9 @@ from pruning.layer_trim import LayerTrim
 from pruning.magnitude import magnitude_prune, random_prune
 from pruning.masks import Masks
 from pruning.net_trim_layer import net_trim_layer, net_trim_path
+from pruning.net_trim_network import net_trim
 from pruning.net_trim_program import LayerProgram
+from pruning.net_trim_result import NetworkTrim, TrimmedLayer
 from pruning.obc import LayerError, LayerTrace, ObcPruned, ObcTraces, obc_traces
 from pruning.obd import ObdPruned, obd_prune
 from pruning.pruned import Pruned
@@ -48,6 +50,7 @@ __all__ = [
     "LayerTrace",
     "LayerTrim",
     "Masks",
+    "NetworkTrim",
     "ObcPruned",
     "ObcTraces",
     "ObdPruned",
@@ -59,6 +62,7 @@ __all__ = [
     "Stage",
     "TheoremWarning",
     "Transport",
+    "TrimmedLayer",
     "WoodFisherPruned",
     "compensated_prune",
     "directional_path",
@@ -71,6 +75,7 @@ __all__ = [
     "keep_zeros",
     "lambda_for_sparsity",
     "magnitude_prune",
+    "net_trim",
     "net_trim_layer",
     "net_trim_path",
     "obc_traces",

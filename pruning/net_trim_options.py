@@ -1,0 +1,82 @@
+"""How Net-Trim prunes a network: settings, and what is refused of them at the door."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, get_args
+
+from pruning.net_trim_checks import require_goal, require_options
+from pruning.net_trim_program import MAX_ITERATIONS, RELAXATION, RHO, TOL, Ball
+from pruning.net_trim_result import Mode
+from pruning.net_trim_survey import FoundLayer
+
+Epsilon: TypeAlias = float | Mapping[str, float]
+"""A share for all layers, or shares by glob pattern."""
+
+
+@dataclass(frozen=True)
+class TrimOptions:
+    """How a network is pruned: the arguments of ``net_trim``, which says what they mean."""
+
+    epsilon: Epsilon
+    mode: Mode = "parallel"
+    gamma: float = 1.1
+    refit: bool = False
+    ball: Ball | None = None
+    penalise_bias: bool = True
+    exclude: tuple[str, ...] = ()
+    tol: float = TOL
+    max_iterations: int = MAX_ITERATIONS
+    program: Mapping[str, Any] = field(default_factory=dict)
+    """Others of ``LayerProgram``."""
+
+    def __post_init__(self) -> None:
+        given = self.epsilon
+        shares = list(given.values()) if isinstance(given, Mapping) else [given]
+        for share in shares:
+            if not 0.0 <= share < math.inf:
+                raise ValueError(
+                    "`epsilon` must be a finite share of the norm of a layer's outputs, at least "
+                    f"0, got {share}."
+                )
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"`mode` must be one of {get_args(Mode)}, got {self.mode!r}.")
+        if not 1.0 <= self.gamma < math.inf:
+            raise ValueError(
+                "`gamma` must be finite and at least 1, so that the dense weights are feasible on "
+                f"pruned inputs, got {self.gamma}."
+            )
+        defaults = {"rho": RHO, "relaxation": RELAXATION, "precision": "full"}
+        require_options(ball=self.own_ball, **{**defaults, **self.program})
+        require_goal(0.0, self.tol, self.max_iterations)
+
+    @property
+    def own_ball(self) -> Ball:
+        """The ball that is meant."""
+        return self.ball or ("joint" if self.mode == "cascade" else "split")
+
+    def shares(self, layers: Sequence[FoundLayer]) -> dict[str, float]:
+        """Return the share of every layer.
+
+        Raises:
+            ValueError: If a pattern fits no layer, or a layer has no share.
+        """
+        names = [layer.weight for layer in layers]
+        if not isinstance(self.epsilon, Mapping):
+            return dict.fromkeys(names, self.epsilon)
+        found: dict[str, float] = {}
+        for pattern, share in self.epsilon.items():
+            hits = [name for name in names if fnmatchcase(name, pattern)]
+            if not hits:
+                raise ValueError(
+                    f'`epsilon` pattern "{pattern}" matches none of {", ".join(names)}.'
+                )
+            found = dict.fromkeys(hits, share) | found
+        for name in names:
+            if name not in found:
+                raise ValueError(
+                    f"`epsilon` must have a pattern for every layer, got none for `{name}`. Add "
+                    '"*" as the last one, or put the layer into `exclude`.'
+                )
+        return found
