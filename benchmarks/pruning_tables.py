@@ -126,6 +126,14 @@ PLANS = {
         ),
         10_000,
     ),
+    # At most 700 products up to 98 %, of which the plan above takes 800.
+    "lenet-300-100-eigenspace": Plan(
+        MLP,
+        ("eigenspace:k=100,tol=0.1,max_products=130,stages=6",),
+        (),
+        10_000,
+        sparsities=(0.95, 0.97, 0.98),
+    ),
     # At most 10,000 products.
     "lenet-300-100-push": Plan(
         MLP,
@@ -133,6 +141,7 @@ PLANS = {
         (),
         10_000,
         sparsities=(0.98, 0.99),
+        seeds=(0,),
     ),
     # At most 250 products. The settings are those chosen for LeNet-300-100.
     "lenet-5": Plan(
@@ -171,7 +180,7 @@ PLANS = {
         500,
         100,
         (0.8, 0.9, 0.95),
-        (0, 1),
+        (0,),
     ),
 }
 

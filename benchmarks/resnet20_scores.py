@@ -94,7 +94,11 @@ PLANS = {
         (0, 1, 2),
     ),
     "resnet20": Plan(
-        replace(TABLES["resnet20"].training, eval_every=8), (0.008, 0.02), 1_000, 150, (0, 1)
+        replace(TABLES["resnet20"].training, eval_every=8, train_samples=2_000),
+        (0.008, 0.02),
+        500,
+        150,
+        (0,),
     ),
 }
 

@@ -44,6 +44,11 @@ def _checked(
     return check
 
 
+def _after_check(settings: Settings) -> None:
+    _one_of(settings, "after", tuple(runs.SUPPORTS))
+    _checked(KrylovSolver)(settings)
+
+
 def _positive(settings: Settings, *names: str) -> None:
     for name in names:
         if name in settings and not 0 < settings[name] < math.inf:
@@ -188,6 +193,14 @@ METHODS: Mapping[str, Method] = {
         solver_settings(KrylovSolver) | {"stages": int, "temperature": float, "allocation": str},
         runs.staged(runs.krylov),
         check=_checked(KrylovSolver),
+    ),
+    "compensated": Method(
+        "compensated support",
+        solver_settings(KrylovSolver) | {"after": str, "temperature": float},
+        runs.after,
+        labels=lambda settings: settings.get("after") == "woodfisher",
+        takes=_EXCLUDE,
+        check=_after_check,
     ),
 }
 """Methods by name."""

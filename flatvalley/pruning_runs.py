@@ -16,6 +16,7 @@ from pruning import (
     KrylovSolver,
     Pruned,
     Scores,
+    compensate,
     compensated_prune,
     directional_paths,
     directional_prune,
@@ -303,6 +304,36 @@ def woodfisher(problem: PruningProblem, settings: Settings, **options: Any) -> N
     where = _where(problem, settings)
     rest = {k: v for k, v in settings.items() if k not in ("allocation", "stages")}
     woodfisher_prune(problem.w, **where, **rest, **options)
+
+
+def after(
+    problem: PruningProblem, sparsities: Sequence[float], settings: Settings
+) -> Iterator[PrunedAt]:
+    """Yield what another method leaves, moved by conjugate gradients over all layers."""
+    solver = KrylovSolver(**known(settings, solver_settings(KrylovSolver)))
+    distance = problem.distance(settings.get("temperature", 1.0))
+    first, how = SUPPORTS[settings.get("after", "obc")]
+    for pruned in first(problem, sparsities, how):
+        clock = Clock(problem.w.device, pruned.seconds)
+        with clock.running():
+            found = compensate(pruned.weights, distance, solver=solver)
+        yield PrunedAt(
+            pruned.sparsity,
+            found.weights,
+            pruned.products + found.num_products,
+            pruned.gradients,
+            clock.seconds,
+            found.stages,
+        )
+
+
+SUPPORTS: Mapping[str, tuple[Run, Settings]] = {
+    "magnitude": (one_shot(magnitude), {}),
+    "obc": (obc, {"allocation": "relative", "inputs": "pruned"}),
+    "wanda": (one_shot(wanda), {}),
+    "woodfisher": (staged(woodfisher), {"stages": 4}),
+}
+"""Methods whose weights can be moved afterwards, with their settings."""
 
 
 def known(settings: Settings, names: Mapping[str, type]) -> dict[str, Any]:

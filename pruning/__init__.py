@@ -2,7 +2,7 @@
 
 from hessian.batch_statistics import recalibrate_batch_norm_
 from pruning.calibration import CalibrationWarning
-from pruning.compensated import CompensatedPruned, compensated_prune
+from pruning.compensated import CompensatedPruned, compensate, compensated_prune
 from pruning.compensated_solvers import EigenspaceSolver, KrylovSolver, Stage
 from pruning.dense_distance import DenseDistance
 from pruning.directional import (
@@ -64,6 +64,7 @@ __all__ = [
     "Transport",
     "TrimmedLayer",
     "WoodFisherPruned",
+    "compensate",
     "compensated_prune",
     "directional_path",
     "directional_paths",

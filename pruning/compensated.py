@@ -12,6 +12,7 @@ from torch import Tensor
 from hessian import ConvergenceWarning, Objective
 from pruning.allocation import Allocation, keep_mask, zeros_by_parameter
 from pruning.compensated_solvers import EigenspaceSolver, Estimate, KrylovSolver, Stage
+from pruning.dense_distance import DenseDistance
 from pruning.pruned import Pruned, wanted_zeros
 from pruning.scores import require_weights
 from pruning.stages import stage_counts
@@ -140,6 +141,57 @@ def compensated_prune(
             on_stage(stage, w)
     for note in notes:
         warnings.warn(note, ConvergenceWarning, stacklevel=2)
+    return _result(w, made, notes)
+
+
+def compensate(
+    w: Float[Tensor, " d"], distance: DenseDistance, *, solver: KrylovSolver | None = None
+) -> CompensatedPruned:
+    """Return weights that another method pruned, moved so that the outputs come near again.
+
+    One stage of ``compensated_prune`` that removes nothing: damped Gauss-Newton steps over all
+    weights that are left, where layer-wise methods made each layer answer for itself. The distance
+    to the dense network's outputs on the calibration samples never grows. Costs ``solver.products``
+    products.
+
+    Args:
+        w: Pruned weights, shape [d]. Zeros stay zero, all others move.
+        distance: To the dense network's outputs.
+        solver: Its saliency is not used. Default: ``KrylovSolver()``.
+
+    Raises:
+        ValueError: If w is not finite, does not fit, or holds nothing but zeros.
+        NonFiniteError: If a loss or a product is not finite.
+
+    Warns:
+        ConvergenceWarning: If no move lowered the distance.
+        CalibrationWarning: If a layer has more inputs than there are calibration rows for it.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.1]]))
+        >>> X = torch.tensor([[1.0, 1.0], [1.0, 0.9]])
+        >>> distance = DenseDistance(model, X, kind="squared")
+        >>> solver = KrylovSolver(damping=1e-3)
+        >>> compensate(torch.tensor([1.0, 0.0]), distance, solver=solver).weights.round(decimals=1)
+        tensor([1.1000, 0.0000])
+    """
+    require_weights(w)
+    distance.require_vector(w, "w")
+    alive = w != 0
+    if not bool(alive.any()):
+        raise ValueError("`w` must hold weights that can move, but all are zero.")
+    run = (solver or KrylovSolver()).begin(w, distance)
+    w, _, stage = run.next(w, alive, lambda cost, w, count: alive, 0)
+    notes = []
+    if stage.length == 0.0:
+        notes = ["No move of the weights lowered the distance: raise `damping`."]
+        warnings.warn(notes[0], ConvergenceWarning, stacklevel=2)
+    return _result(w, [stage], notes)
+
+
+def _result(w: Tensor, made: Sequence[Stage], notes: Sequence[str]) -> CompensatedPruned:
     mask = w != 0
     return CompensatedPruned(
         w,

@@ -182,7 +182,8 @@ class _KrylovStages:
             mean = float(factors.diagonal[alive].double().mean())
             # Outputs that no weight moves leave G = 0, and any τ gives x = 0.
             self._tau = o.damping * mean if mean > 0 else 1.0
-        alive = alive & choose(self._cost(w, factors), w, count)
+        if count > 0:
+            alive = alive & choose(self._cost(w, factors), w, count)
         preconditioner = None
         if o.preconditioner == "diagonal":
             preconditioner = diagonal_preconditioner(factors, self._tau)

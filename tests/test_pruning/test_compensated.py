@@ -12,6 +12,7 @@ from pruning import (
     DenseDistance,
     EigenspaceSolver,
     KrylovSolver,
+    compensate,
     compensated_prune,
     magnitude_prune,
 )
@@ -449,3 +450,53 @@ def test_bad_input_is_refused_before_anything_is_done(unchecked_shapes):
 def test_solver_options_out_of_range_say_what_to_change(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Weights that another method pruned
+
+
+def test_compensated_supports_are_least_squares_on_them():
+    """Of a linear layer every output is a regression on the inputs that it has left."""
+    distance = linear_distance()
+    pruned = magnitude_prune(distance.weights(), 0.5).weights
+    solver = KrylovSolver(damping=1e-9, tol=1e-12, progress=0.0, products=200)
+    found = compensate(pruned, distance, solver=solver)
+    X = torch.cat([normal(40, 5), torch.ones(40, 1, dtype=torch.float64)], dim=1)
+    W, b = distance.unflatten(distance.weights()).values()
+    rows = torch.cat([W, b[:, None]], dim=1)
+    left, bias = distance.unflatten(pruned).values()
+    expected = torch.zeros_like(rows)
+    masks = torch.cat([left, bias[:, None]], dim=1) != 0
+    for row, goal, mask in zip(expected, rows, masks, strict=True):
+        row[mask] = torch.linalg.lstsq(X[:, mask], X @ goal).solution
+    moved, shift = distance.unflatten(found.weights).values()
+    assert_close(torch.cat([moved, shift[:, None]], dim=1), expected, rtol=1e-6, atol=1e-7)
+    assert found.sparsity == 0.5
+    assert found.measured_change < 0.0
+
+
+def test_compensated_supports_keep_their_zeros_and_come_nearer():
+    distance = mlp_distance(temperature=2.0)
+    pruned = magnitude_prune(distance.weights(), 0.6).weights
+    before = pruned.clone()
+    found = compensate(pruned, distance, solver=KrylovSolver(preconditioner="rows", steps=2))
+    assert torch.equal(found.weights == 0, pruned == 0)
+    assert distance.loss(found.weights) < 0.5 * distance.loss(pruned)
+    assert found.measured_change == pytest.approx(
+        distance.loss(found.weights) - distance.loss(pruned)
+    )
+    assert 0 < found.num_products <= 50
+    assert torch.equal(pruned, before)
+
+
+def test_supports_that_cannot_move_are_refused(unchecked_shapes):
+    distance = mlp_distance()
+    w = distance.weights()
+    with pytest.raises(ValueError, match="`w` must hold weights that can move"):
+        compensate(torch.zeros_like(w), distance)
+    with pytest.raises(ValueError, match="`w` must be"):
+        compensate(w[:-1], distance)
+    with pytest.raises(ValueError, match="finite"):
+        compensate(w * torch.nan, distance)
+    with pytest.raises(TypeError, match="`curvature` must be a DenseDistance"):
+        compensate(w, Objective(mlp(), nn.CrossEntropyLoss(), (normal(3, 4), torch.arange(3))))
