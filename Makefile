@@ -69,12 +69,16 @@ bench-training: $(STAMP)  ## sparsity and accuracy on MNIST and CIFAR-10; hours,
 bench-landscape: $(STAMP)  ## batch norm's policies, adaptive surfaces, the pictures of the gallery
 	$(BIN)/python benchmarks/landscape_batch_norm.py
 	$(BIN)/python benchmarks/landscape_adaptive.py
+	$(BIN)/python benchmarks/landscape_connect.py
 	$(BIN)/python benchmarks/gallery.py
 
 bench-pruning: $(STAMP)  ## every method of pruning on the same networks; hours, goes on where it was stopped
 	$(BIN)/python benchmarks/pruning_tables.py --choose
 	$(BIN)/python benchmarks/pruning_tables.py
+	$(BIN)/python benchmarks/pruning_start.py
 	$(BIN)/python benchmarks/resnet20_scores.py
+	$(BIN)/python benchmarks/net_trim_layer.py
+	$(BIN)/python benchmarks/net_trim_recovery.py
 
 train-gpu: $(STAMP)  ## the paper's networks on a CUDA device; hours, goes on where it was stopped
 	$(BIN)/python benchmarks/train_gpu.py
