@@ -27,6 +27,7 @@ def trim_network(
     w: Float[Tensor, " d"],
     options: TrimOptions,
     *,
+    known: dict[str, list[GroupProblem]] | None = None,
     progress: Progress | None = None,
     stacklevel: int = 2,
 ) -> NetworkTrim:
@@ -36,6 +37,8 @@ def trim_network(
         objective: Model and inputs; labels are not looked at.
         w: Weights of the dense network, shape [d].
         options: As for ``net_trim``.
+        known: Programs of layers by weight, in parallel: those that are missing are added, and all
+            start where they ended before. Default: none is kept.
         progress: Called with the layers done and all of them.
         stacklevel: Of warnings, as seen by the caller.
 
@@ -56,7 +59,8 @@ def trim_network(
     for done, layer in enumerate(found.layers, start=1):
         now = weights if options.mode == "cascade" else None
         try:
-            problems = group_problems(
+            problems = None if known is None or now is not None else known.get(layer.weight)
+            problems = problems or group_problems(
                 objective,
                 layer,
                 w,
@@ -65,10 +69,12 @@ def trim_network(
                 penalise_bias=options.penalise_bias,
                 options=options.program,
             )
+            if known is not None:
+                known[layer.weight] = problems
             trims = []
             for problem in problems:
-                share = shares[layer.weight]
-                trims.append(_solved(problem, layer, share, options, stacklevel + 1))
+                epsilon = problem.epsilon(shares[layer.weight], options.gamma)
+                trims.append(_solved(problem, layer, epsilon, options, stacklevel + 1))
         except NonFiniteError as error:
             raise NonFiniteError(f"Layer of `{layer.weight}`: {error}") from error
         layer.write_(parts, torch.cat([trim.weights for trim in trims]))
@@ -98,7 +104,7 @@ def trim_network(
 def _solved(
     problem: GroupProblem,
     layer: FoundLayer,
-    share: float,
+    epsilon: float,
     options: TrimOptions,
     stacklevel: int,
 ) -> LayerTrim:
@@ -106,7 +112,7 @@ def _solved(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trim = problem.program.solve(
-            problem.epsilon(share, options.gamma),
+            epsilon,
             refit=options.refit,
             tol=options.tol,
             max_iterations=options.max_iterations,

@@ -8,7 +8,7 @@ from torch import nn
 from hessian.parameters import Selection
 from pruning.dense_distance import DenseDistance
 from pruning.net_trim_layers import trim_network
-from pruning.net_trim_options import Epsilon, TrimOptions
+from pruning.net_trim_options import Epsilon, trim_options
 from pruning.net_trim_program import MAX_ITERATIONS, RELAXATION, RHO, TOL, Ball, Progress
 from pruning.net_trim_result import Mode, NetworkTrim
 from pruning.net_trim_setup import Precision
@@ -118,17 +118,20 @@ def net_trim(
         Aghasi, Abdi, Nguyen & Romberg (2017), Net-Trim: convex pruning of deep neural networks
         with performance guarantee.
     """
-    options = TrimOptions(
+    options = trim_options(
         epsilon=epsilon,
         mode=mode,
         gamma=gamma,
         refit=refit,
         ball=ball,
         penalise_bias=penalise_bias,
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        exclude=exclude,
         tol=tol,
         max_iterations=max_iterations,
-        program={"rho": rho, "relaxation": relaxation, "chunk": chunk, "precision": precision},
+        rho=rho,
+        relaxation=relaxation,
+        chunk=chunk,
+        precision=precision,
     )
     objective = DenseDistance(
         model, calibration, kind="squared", parameters=parameters, batch_size=batch_size

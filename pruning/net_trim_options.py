@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, get_args
 from pruning.net_trim_checks import require_goal, require_options
 from pruning.net_trim_program import MAX_ITERATIONS, RELAXATION, RHO, TOL, Ball
 from pruning.net_trim_result import Mode
+from pruning.net_trim_setup import Precision
 from pruning.net_trim_survey import FoundLayer
 
 Epsilon: TypeAlias = float | Mapping[str, float]
@@ -80,3 +81,31 @@ class TrimOptions:
                     '"*" as the last one, or put the layer into `exclude`.'
                 )
         return found
+
+
+def trim_options(
+    *,
+    epsilon: Epsilon,
+    exclude: str | Sequence[str] = (),
+    tol: float = TOL,
+    max_iterations: int = MAX_ITERATIONS,
+    rho: float = RHO,
+    relaxation: float = RELAXATION,
+    chunk: int | None = None,
+    precision: Precision = "full",
+    **options: Any,
+) -> TrimOptions:
+    """Return the settings that arguments of ``net_trim`` say.
+
+    Raises:
+        ValueError: If one is out of range or not known.
+        TypeError: If there is no such argument.
+    """
+    return TrimOptions(
+        epsilon=epsilon,
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        tol=tol,
+        max_iterations=max_iterations,
+        program={"rho": rho, "relaxation": relaxation, "chunk": chunk, "precision": precision},
+        **options,
+    )
