@@ -115,6 +115,12 @@ def test_cascaded_layers_have_dense_outputs_as_their_goal_on_pruned_inputs(ball)
         X, dense = (with_ones(t.relu()) for t in (X @ trimmed_rows(trim, place).T, dense @ W.T))
 
 
+@pytest.mark.parametrize("mode, joint", [("parallel", False), ("cascade", True)])
+def test_balls_are_joint_in_a_cascade_alone(mode, joint):
+    trim = net_trim(mlp(), normal(60, 6), epsilon=0.2, mode=mode)
+    assert [layer.trims[0].joint for layer in trim.layers[:2]] == [joint, joint]
+
+
 def test_layers_do_not_depend_on_each_other_in_parallel():
     model, x = mlp(), normal(60, 6)
     whole = net_trim(model, x, epsilon=0.1).parameters()
@@ -286,6 +292,25 @@ def test_a_result_that_is_also_put_through_a_relu_is_linear():
         ("b.weight", "it comes out of the network")
     ]
     assert trim.skipped == {"a.weight": "it is not called on the calibration inputs"}
+
+
+def test_a_result_from_the_middle_has_no_bound():
+    def run(m, x):
+        z = F.relu(m.a(x))
+        m.b(z)
+        return z
+
+    assert net_trim(seeded(lambda: Runs(run)), normal(30, 4), epsilon=0.1).bound is None
+
+
+def test_projections_of_attention_are_linear():
+    words = torch.randint(0, 5, (40, 6), generator=torch.Generator().manual_seed(0))
+    trim = net_trim(seeded(Attentive), words, epsilon=0.1)
+    inside = "its outputs stay inside of a larger function"
+    assert [(e.weight, e.kind, e.reason) for e in trim.layers[:2]] == [
+        ("attention.in_proj_weight", "linear", inside),
+        ("attention.out_proj.weight", "linear", inside),
+    ]
 
 
 def test_a_convolution_before_batch_norm_is_linear():
