@@ -278,7 +278,7 @@ def test_float32_models_are_served_in_their_own_type():
         nn.NLLLoss(),
         partial(nn.functional.cross_entropy, label_smoothing=0.3),
     ],
-    ids=str,
+    ids=["mean", "sum", "weights", "smoothed", "scores", "function"],
 )
 @pytest.mark.parametrize("num_samples", [MANY_ROWS, 300])
 def test_entropies_of_few_classes_are_the_same_in_large_batches(criterion, num_samples):
