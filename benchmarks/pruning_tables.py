@@ -175,7 +175,11 @@ PLANS = {
             augment="crop-flip",
             channels_last=True,
         ),
-        ("krylov:temperature=4,preconditioner=rows,products=12,stages=6", *BASELINES),
+        (
+            "krylov:temperature=4,preconditioner=rows,products=12,stages=6",
+            "compensated:after=obc,temperature=4,damping=3.0,preconditioner=rows,products=24",
+            *BASELINES,
+        ),
         (),
         500,
         100,
