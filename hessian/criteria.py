@@ -46,11 +46,11 @@ class BatchCriterion:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'`reduction` must be "mean" or "sum", got "{reduction}".')
         self._unreduced = _with_reduction(criterion, "none")
-        self._is_entropy = _target_count(criterion) is not None
-        if count is None and reduction == own != "sum":
-            count = _target_count(criterion)
-            if count is not None:
-                criterion, reduction = _with_reduction(criterion, "sum") or criterion, "sum"
+        targets = _target_count(criterion)
+        self._is_entropy = targets is not None
+        if count is None and targets is not None and reduction == own != "sum":
+            count = targets
+            criterion, reduction = _with_reduction(criterion, "sum") or criterion, "sum"
         self._criterion, self._count = criterion, count
         self._is_sum = reduction == "sum"
 

@@ -161,6 +161,7 @@ def compensate(
 
     Raises:
         ValueError: If w is not finite, does not fit, or holds nothing but zeros.
+        TypeError: If the distance is another objective.
         NonFiniteError: If a loss or a product is not finite.
 
     Warns:
@@ -178,11 +179,11 @@ def compensate(
         tensor([1.1000, 0.0000])
     """
     require_weights(w)
+    run = (solver or KrylovSolver()).begin(w, distance)
     distance.require_vector(w, "w")
     alive = w != 0
     if not bool(alive.any()):
         raise ValueError("`w` must hold weights that can move, but all are zero.")
-    run = (solver or KrylovSolver()).begin(w, distance)
     w, _, stage = run.next(w, alive, lambda cost, w, count: alive, 0)
     notes = []
     if stage.length == 0.0:

@@ -20,7 +20,7 @@ from flatvalley.fine_tuning import fine_tune_
 from flatvalley.pruners import alternatives, pruner
 from flatvalley.pruning_methods import METHODS
 from flatvalley.pruning_problem import PruningProblem
-from flatvalley.pruning_runs import stages_through
+from flatvalley.pruning_runs import SUPPORTS, stages_through
 from flatvalley.sparse_weights import load_sparse_weights
 from flatvalley.studies.prune_sources import from_train_run
 from flatvalley.train_config import TrainConfig
@@ -401,6 +401,27 @@ def test_every_method_reaches_every_sparsity_and_leaves_everything_as_it_was(den
     assert all(map(torch.equal, dense.model.state_dict().values(), before))
     assert not dense.model.training
     assert all(p.grad is None for p in dense.model.parameters())
+
+
+@pytest.mark.parametrize("after", SUPPORTS)
+def test_compensated_weights_have_the_zeros_of_the_method_before_and_come_nearer(dense, after):
+    problem = dense.problem()
+    first, how = SUPPORTS[after]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        before = list(first(problem, [0.3, 0.6], how))
+        found = list(pruner(f"compensated:after={after},products=6").prune(problem, [0.3, 0.6]))
+    distance = problem.distance()
+    for was, moved in zip(before, found, strict=True):
+        assert torch.equal(moved.weights == 0, was.weights == 0)
+        assert distance.loss(moved.weights) < distance.loss(was.weights)
+        assert moved.products - was.products in range(1, 7)
+        assert moved.gradients == was.gradients
+
+
+def test_another_method_before_is_refused():
+    with pytest.raises(ValueError, match="`after` must be one of magnitude, obc, wanda"):
+        pruner("compensated:after=krylov")
 
 
 def test_calibration_samples_are_all_the_training_samples_once(dense):
