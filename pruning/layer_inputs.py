@@ -1,29 +1,29 @@
 """What goes into each layer of a network: second moments, by one pass without gradients."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hessian import NonFiniteError, Objective
 from hessian.determinism import require_fixed_modules
 from hessian.finiteness import all_finite
 from pruning.layer_calls import LayerCall, LayerCalls
+from pruning.layer_rows import LayerRows
 from pruning.scores import require_weights
 
 
 @dataclass(frozen=True)
-class LayerInputs:
+class LayerInputs(LayerRows):
     """Second moments of what a layer multiplies its weights by.
 
     With rows Δ_r of a change of the layer's weights, its output changes by Σ_r Δ_rᵀ A Δ_r, summed
     over positions and squared, in the mean over samples.
     """
 
-    weight: str
-    bias: str | None
     moments: Float[Tensor, "groups n n"] | Float[Tensor, " n"]
     """A: the mean over samples of Σ a aᵀ over their positions, with a one in the last place of a
     if the layer has a bias among w. One matrix a group of outputs; all outputs are one group, but
@@ -44,25 +44,18 @@ class LayerInputs:
         is_table = self.moments.ndim == 1
         return self.moments[None] if is_table else self.moments.diagonal(dim1=1, dim2=2)
 
-    def rows(self, parts: dict[str, Tensor]) -> Float[Tensor, "m n"]:
+    def rows(self, parts: Mapping[str, Tensor]) -> Shaped[Tensor, "m n"]:
         """Return a copy of values beside the weights as a matrix: a row an output, bias last."""
-        weight = parts[self.weight]
         if self.moments.ndim == 1:
-            return weight.T.clone()
-        rows = weight.reshape(len(weight), -1)
-        if self.bias is None:
-            return rows.clone()
-        return torch.cat([rows, parts[self.bias][:, None]], dim=1)
+            return parts[self.weight].T.clone()
+        return super().rows(parts)
 
-    def write_rows_(self, parts: dict[str, Tensor], rows: Float[Tensor, "m n"]) -> None:
+    def write_rows_(self, parts: Mapping[str, Tensor], rows: Shaped[Tensor, "m n"]) -> None:
         """Write a matrix of values, as ``rows`` gives it, into values beside the weights."""
-        weight = parts[self.weight]
         if self.moments.ndim == 1:
-            weight.copy_(rows.T)
-            return
-        weight.copy_(rows[:, : weight[0].numel()].reshape(weight.shape))
-        if self.bias is not None:
-            parts[self.bias].copy_(rows[:, -1])
+            parts[self.weight].copy_(rows.T)
+        else:
+            super().write_rows_(parts, rows)
 
 
 def input_moments(

@@ -77,7 +77,7 @@ def trim_network(
                 trims.append(_solved(problem, layer, epsilon, options, stacklevel + 1))
         except NonFiniteError as error:
             raise NonFiniteError(f"Layer of `{layer.weight}`: {error}") from error
-        layer.write_(parts, torch.cat([trim.weights for trim in trims]))
+        layer.write_rows_(parts, torch.cat([trim.weights for trim in trims]))
         drift = math.hypot(*(problem.drift or 0.0 for problem in problems))
         trimmed[layer.weight] = TrimmedLayer(
             layer.weight, layer.bias, layer.kind, layer.reason, tuple(trims), drift

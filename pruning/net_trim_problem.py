@@ -59,7 +59,7 @@ def group_problems(
         options: Others of ``LayerProgram``.
     """
     parts = objective.unflatten(dense)
-    W = layer.matrix(parts)
+    W = layer.rows(parts)
     penalty = torch.ones(W.shape[1], dtype=torch.float64, device=W.device)
     if layer.bias is not None and not penalise_bias:
         penalty[-1] = 0.0

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from hessian import Objective
 from pruning.layer_calls import LayerCall, LayerCalls
 from pruning.layer_flow import Flow, Link
+from pruning.layer_rows import LayerRows
 from pruning.net_trim_targets import Kind
 
 
 @dataclass(frozen=True)
-class FoundLayer:
+class FoundLayer(LayerRows):
     """A layer of a network: where its weights are, and how it is used."""
 
-    weight: str
-    bias: str | None
-    """Its bias where that is one of the weights to be pruned."""
     fixed_bias: str | None
     """Its bias where that stays as it is."""
     kind: Kind
@@ -31,20 +29,6 @@ class FoundLayer:
     """Samples times positions."""
     num_inputs: int
     """Of every output, with one for a bias to be pruned."""
-
-    def matrix(self, parts: Mapping[str, Tensor]) -> Float[Tensor, "m n"]:
-        """Return a copy of the weights as a matrix: a row an output, the bias last."""
-        rows = parts[self.weight].reshape(len(parts[self.weight]), -1)
-        if self.bias is None:
-            return rows.clone()
-        return torch.cat([rows, parts[self.bias][:, None]], dim=1)
-
-    def write_(self, parts: Mapping[str, Tensor], rows: Float[Tensor, "m n"]) -> None:
-        """Write a matrix of weights, as ``matrix`` gives it, into the parts of a flat vector."""
-        weight = parts[self.weight]
-        weight.copy_(rows[:, : weight[0].numel()].reshape(weight.shape))
-        if self.bias is not None:
-            parts[self.bias].copy_(rows[:, -1])
 
 
 @dataclass(frozen=True)

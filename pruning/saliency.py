@@ -4,24 +4,23 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hessian.finiteness import finite_vector
 from pruning.dense_distance import DenseDistance
 from pruning.layer_calls import LayerCall, LayerCalls
 from pruning.layer_inputs import MomentSums
+from pruning.layer_rows import LayerRows
 
 LARGEST_FACTOR = 8192
 """Inputs of a layer beyond which its inverse of n³ flops is left out for the diagonal."""
 
 
 @dataclass(frozen=True)
-class LayerFactors:
+class LayerFactors(LayerRows):
     """Second moments of what goes into a layer, and of the slopes at what comes out."""
 
-    weight: str
-    bias: str | None
     inputs: Float[Tensor, "n n"]
     """E a aᵀ over samples and positions, with a one in the last place if the layer has a
     bias among w."""
@@ -47,20 +46,6 @@ class LayerFactors:
             return None
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(A)).diagonal()
         return torch.outer(self.slopes.double(), 1.0 / inverse)
-
-    def rows(self, parts: dict[str, Tensor]) -> Shaped[Tensor, "m n"]:
-        """Return a copy of values beside the weights as a matrix: a row an output, bias last."""
-        rows = parts[self.weight].flatten(1)
-        if self.bias is None:
-            return rows.clone()
-        return torch.cat([rows, parts[self.bias][:, None]], dim=1)
-
-    def write_rows_(self, parts: dict[str, Tensor], rows: Float[Tensor, "m n"]) -> None:
-        """Write a matrix of values, as ``rows`` gives it, into values beside the weights."""
-        weight = parts[self.weight]
-        weight.copy_(rows[:, : weight[0].numel()].reshape(weight.shape))
-        if self.bias is not None:
-            parts[self.bias].copy_(rows[:, -1])
 
 
 @dataclass(frozen=True)
