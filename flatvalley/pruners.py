@@ -11,7 +11,7 @@ from flatvalley.pruning_runs import EIGENSPACE, require_replay
 from flatvalley.specs import Spec, parse_spec
 from pruning.allocation import prunable
 
-_SIGNS = {"temperature": "T", "mu": "μ"}
+_SIGNS = {"temperature": "T", "mu": "μ", "gamma": "γ"}
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,17 @@ def settings_title(settings: Mapping[str, Any]) -> list[str]:
     """Return settings as people write them.
 
     Example:
-        >>> settings_title({"temperature": 4.0, "stages": 3})
-        ['T=4', 'stages=3']
+        >>> settings_title({"temperature": 4.0, "stages": 3, "refit": True})
+        ['T=4', 'stages=3', 'refit=true']
     """
     return [
-        f"{_SIGNS.get(key, key)}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        f"{_SIGNS.get(key, key)}={value:g}" if isinstance(value, float) else f"{key}={_word(value)}"
         for key, value in settings.items()
     ]
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def alternatives(text: str) -> list[str]:

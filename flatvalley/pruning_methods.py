@@ -9,6 +9,7 @@ from flatvalley import pruning_runs as runs
 from flatvalley.pruning_runs import Run, Settings, known, solver_settings
 from flatvalley.transport_replay import require_mu
 from pruning import EigenspaceSolver, KrylovSolver
+from pruning.net_trim_options import trim_options
 from pruning.wanda import Per
 from pruning.woodfisher import Update
 
@@ -86,11 +87,19 @@ def _layerwise_check(settings: Settings) -> None:
     _positive(settings, "damping")
 
 
+def _net_trim_check(settings: Settings) -> None:
+    if not 0.0 <= settings.get("within", 0.0) < math.inf:
+        raise ValueError(f"`within` must be finite and at least 0, got {settings['within']}.")
+    _positive(settings, "max_tries")
+    trim_options(epsilon=1.0, **{k: v for k, v in settings.items() if k not in _SEARCH})
+
+
 def _labels(settings: Settings) -> bool:
     return True
 
 
 _EXCLUDE = frozenset({"exclude"})
+_SEARCH = {"within": float, "max_tries": int}
 _EIGEN = {"k": int, "tol": float, "max_products": int, "seed": int}
 
 METHODS: Mapping[str, Method] = {
@@ -130,6 +139,23 @@ METHODS: Mapping[str, Method] = {
         {"allocation": str, "damping": float, "inputs": str},
         runs.obc,
         check=_layerwise_check,
+    ),
+    "net-trim": Method(
+        "Net-Trim",
+        {
+            "mode": str,
+            "refit": bool,
+            "gamma": float,
+            "ball": str,
+            "penalise_bias": bool,
+            "precision": str,
+            "tol": float,
+            "max_iterations": int,
+        }
+        | _SEARCH,
+        runs.net_trim,
+        takes=_EXCLUDE,
+        check=_net_trim_check,
     ),
     "woodfisher": Method(
         "WoodFisher",

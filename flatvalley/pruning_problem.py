@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flatvalley.trainees import Criterion
 from flatvalley.transport_replay import TransportReplay
 from hessian import Eigenspace, Objective, hessian_operator, leading_eigenspace
-from pruning import DenseDistance
+from pruning import DenseDistance, SparsityTrim
 from pruning.allocation import Allocation
 from pruning.pruned import wanted_zeros
 
@@ -162,6 +162,10 @@ class PrunedAt:
     """Time since the dense network: of the processor, or the wall's on a GPU."""
     stages: tuple[Any, ...] = ()
     """Evidence of the stages so far, dataclasses with ``sparsity`` and ``loss``; or none."""
+    iterations: int = 0
+    """Of Net-Trim's programs since the dense network."""
+    trim: SparsityTrim | None = None
+    """What Net-Trim measured on every layer; None for other methods."""
 
 
 def require_sparsities(sparsities: Sequence[float]) -> None:

@@ -1,6 +1,7 @@
 """How every method of pruning runs: from a dense network and sparsities to weights and costs."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from flatvalley.pruning_problem import Clock, PrunedAt, PruningProblem
 from flatvalley.transport_replay import OTHERS
-from hessian import hessian_operator
+from hessian import ConvergenceWarning, hessian_operator
 from pruning import (
     EigenspaceSolver,
     KrylovSolver,
@@ -28,6 +29,8 @@ from pruning import (
 )
 from pruning.allocation import prunable
 from pruning.compensated import DEFAULT_STAGES
+from pruning.net_trim_result import NetworkTrim
+from pruning.net_trim_sparsities import net_trim_to_sparsities
 from pruning.obc import LayerAllocation, obc_traces
 from pruning.obd import obd_prune
 from pruning.pruned import wanted_zeros
@@ -38,6 +41,9 @@ PATH_EVENTS = 1000
 """Times that the directional path renews its direction, unless ``batch`` says otherwise."""
 EIGENSPACE: dict[str, Any] = {"k": 100, "tol": 0.01, "max_products": 1000, "seed": 0}
 """How the sharp directions are found, unless settings say otherwise."""
+
+NET_TRIM: dict[str, Any] = {"mode": "cascade", "refit": True, "precision": "mixed", "tol": 1e-3}
+"""How Net-Trim prunes, unless settings say otherwise."""
 
 Settings = Mapping[str, Any]
 Run = Callable[[PruningProblem, Sequence[float], Settings], Iterator[PrunedAt]]
@@ -232,6 +238,42 @@ def path(
         yield PrunedAt(sparsity, found.weights, space.num_products, 0, clock.seconds)
 
 
+def net_trim(
+    problem: PruningProblem, sparsities: Sequence[float], settings: Settings
+) -> Iterator[PrunedAt]:
+    """Yield Net-Trim's weights; what was tried for one sparsity serves the next."""
+    tries: list[int] = []
+
+    def count(trim: NetworkTrim) -> None:
+        tries.append(sum(own.iterations for layer in trim.layers for own in layer.trims))
+
+    clock = Clock(problem.w.device)
+    with clock.running():
+        trims = net_trim_to_sparsities(
+            problem.model,
+            [(x,) for x, _ in problem.batches],
+            sparsities,
+            on_try=count,
+            exclude=problem.exclude,
+            **(NET_TRIM | dict(settings)),
+        )
+    for sparsity in sparsities:
+        with clock.running():
+            found = next(trims)
+        zeros = int((~found.mask).sum())
+        if zeros > wanted_zeros(sparsity, len(problem.w)):
+            warnings.warn(
+                f"Net-Trim gave a share of {found.sparsity:.4f} zeros where {sparsity:g} was "
+                f"wanted, even for the least discrepancy that was tried, {found.epsilon:.3g} of "
+                "every layer's outputs. Want more zeros.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        yield PrunedAt(
+            sparsity, found.weights, 0, 0, clock.seconds, iterations=sum(tries), trim=found
+        )
+
+
 def staged(prune: Callable[..., object]) -> Run:
     """Make a run of a method in stages, looked at on its way.
 
@@ -324,11 +366,13 @@ def after(
             pruned.gradients,
             clock.seconds,
             found.stages,
+            pruned.iterations,  # but not what was measured on weights that have moved since
         )
 
 
 SUPPORTS: Mapping[str, tuple[Run, Settings]] = {
     "magnitude": (one_shot(magnitude), {}),
+    "net-trim": (net_trim, {}),
     "obc": (obc, {"allocation": "relative", "inputs": "pruned"}),
     "wanda": (one_shot(wanda), {}),
     "woodfisher": (staged(woodfisher), {"stages": 4}),

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_TRUTH = {"true": True, "false": False}
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -19,7 +21,7 @@ def parse_spec(text: str, option: str, known: Mapping[str, Mapping[str, type]]) 
     Args:
         text: For example ``"grda:c=0.004,mu=0.6"``.
         option: What the text was given for, for messages.
-        known: The settings of every name, with their types: float, int or str.
+        known: The settings of every name, with their types: float, int, str or bool.
 
     Raises:
         ValueError: If the name or a setting is not known, is given twice, or is not of its type.
@@ -41,8 +43,8 @@ def parse_spec(text: str, option: str, known: Mapping[str, Mapping[str, type]]) 
             raise ValueError(f'`{option}` must give {key} once, got "{text}".')
         kind = known[name][key]
         try:
-            settings[key] = kind(value)
-        except ValueError:
-            word = {int: "a whole number", float: "a number"}[kind]
+            settings[key] = _TRUTH[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            word = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
             raise ValueError(f'`{option}` needs {word} for {key}, got "{text}".') from None
     return Spec(name, settings)

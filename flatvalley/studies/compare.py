@@ -49,7 +49,7 @@ class RowFindings:
             if share == sparsity:
                 value: Any = point
                 for key in keys:
-                    value = value[key]
+                    value = value.get(key)
                 if value is not None:
                     found.append(float(value))
         return found

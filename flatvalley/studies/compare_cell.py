@@ -146,6 +146,7 @@ def _pruned(
                         "sparsity": 1.0 - int(result.weights.count_nonzero()) / len(problem.w),
                         "products": result.products,
                         "gradients": result.gradients,
+                        "iterations": result.iterations,
                         "seconds": result.seconds,
                     }
                     | measured

@@ -29,6 +29,8 @@ COLORS = {
     "obc": "#D55E00",
     "wanda": "#882255",
     "woodfisher": "#CC79A7",
+    "net-trim": "#EE3377",
+    "compensated": "#661100",
     "grda": "#332288",
     "gradual-magnitude": "#555555",
 }

@@ -134,7 +134,8 @@ def _statistics(row: RowFindings, share: float) -> dict[str, float]:
     """Mean, lowest and highest of every measure over seeds."""
     found: dict[str, float] = {}
     measures = [("test", key) for key in ("accuracy", "loss", "distance")]
-    for keys in [*measures, ("sparsity",), ("products",), ("gradients",), ("seconds",)]:
+    costs = [(key,) for key in ("products", "gradients", "iterations", "seconds")]
+    for keys in [*measures, ("sparsity",), *costs]:
         values = row.over_seeds(share, *keys)
         if values:
             name = "_".join(keys) if keys[0] == "test" else f"{keys[0]}_reached"
@@ -223,18 +224,21 @@ def _main_table(findings: CompareFindings, key: str) -> Table:
 def _cost_table(findings: CompareFindings) -> Table:
     rows = []
     for row in findings.rows:
-        products, seconds = _cost(row, findings)
-        gradients = _last(row, findings, "gradients")
-        cells = [row.row.label, SEES[row.row.sees], products]
-        cells += ["–" if gradients is None else f"{gradients:,.0f}", seconds]
-        rows.append(TableRow(cells, "control" if row.row.retrains else ""))
+        cells = [row.row.label, SEES[row.row.sees]]
+        for key in ("products", "gradients", "iterations"):
+            count = _last(row, findings, key)
+            cells.append("–" if count is None else f"{count:,.0f}")
+        rows.append(
+            TableRow([*cells, _cost(row, findings)[1]], "control" if row.row.retrains else "")
+        )
     return Table(
         "What it cost",
         "For the highest sparsity that was reached, mean over seeds; of a staged method, its whole "
         "run. Products are with a matrix of second derivatives; gradients are of "
-        "single samples, and of batches where a training is made or replayed. Seconds of the "
+        "single samples, and of batches where a training is made or replayed; iterations are those "
+        "of Net-Trim's programs, each about three passes through one layer. Seconds of the "
         "processor (of the wall on a GPU, and for rows that train) depend on the machine.",
-        ["method", "sees", "products", "gradients", "seconds"],
+        ["method", "sees", "products", "gradients", "iterations", "seconds"],
         rows,
     )
 
@@ -294,7 +298,8 @@ def _cost(row: RowFindings, findings: CompareFindings) -> tuple[str, str]:
 def _last(row: RowFindings, findings: CompareFindings, key: str) -> float | None:
     """A cost's mean over seeds at the highest sparsity that was reached."""
     reached = [share for share in findings.config.sparsities if share in row.chosen]
-    return fmean(row.over_seeds(reached[-1], key)) if reached else None
+    values = row.over_seeds(reached[-1], key) if reached else []
+    return fmean(values) if values else None
 
 
 def _cell(values: Sequence[float], key: str) -> str:

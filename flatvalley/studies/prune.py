@@ -130,6 +130,30 @@ class PruneFindings:
         """The evidence of every stage as rows of a table."""
         return [asdict(stage) for stage in self.result.stages]
 
+    @property
+    def trimmed_layers(self) -> list[dict[str, Any]]:
+        """What Net-Trim measured on every layer, before the cut, as rows of a table."""
+        layers = () if self.result.trim is None else self.result.trim.trim.layers
+        return [
+            {
+                "weight": layer.weight,
+                "kind": layer.kind,
+                "reason": layer.reason,
+                "epsilon": layer.epsilon,
+                "discrepancy": layer.discrepancy,
+                "violation": layer.violation,
+                "output_discrepancy": layer.output_discrepancy,
+                "drift": layer.drift,
+                "objective": sum(trim.objective for trim in layer.trims),
+                "lower_bound": sum(trim.lower_bound for trim in layer.trims),
+                "density": layer.density,
+                "iterations": sum(trim.iterations for trim in layer.trims),
+                "seconds": sum(trim.seconds for trim in layer.trims),
+                "converged": layer.converged,
+            }
+            for layer in layers
+        ]
+
 
 def prune(run: Run, dense: DenseNetwork, config: PruneConfig, source: Source) -> PruneFindings:
     """Prune a network, measure it, and write its weights into the run's folder.
@@ -238,6 +262,7 @@ def prune_tables(findings: PruneFindings) -> dict[str, Sequence[dict[str, Any]]]
             | {
                 "products": result.products,
                 "gradients": result.gradients,
+                "iterations": result.iterations,
                 "seconds": result.seconds,
             },
             *(
@@ -257,4 +282,5 @@ def prune_tables(findings: PruneFindings) -> dict[str, Sequence[dict[str, Any]]]
             for layer in findings.layers
         ],
     }
-    return tables | ({"stages": findings.stages} if findings.stages else {})
+    evidence = {"stages": findings.stages, "trimmed_layers": findings.trimmed_layers}
+    return tables | {name: rows for name, rows in evidence.items() if rows}

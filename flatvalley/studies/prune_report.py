@@ -13,6 +13,12 @@ from flatvalley.run import Run
 from flatvalley.studies.prune import PruneFindings
 from flatvalley.studies.train_report import number, percent
 from flatvalley.studies.verify_figures import FigureText
+from pruning import SparsityTrim
+
+_COUNTED = {
+    "products": "Products with a matrix of second derivatives",
+    "iterations": "Iterations of the layers' programs, of all tries",
+}
 
 
 def write_prune_report(findings: PruneFindings, run: Run, figures: Sequence[FigureText]) -> Path:
@@ -27,7 +33,11 @@ def write_prune_report(findings: PruneFindings, run: Run, figures: Sequence[Figu
         good=not findings.notes,
         conclusion=findings.notes,
         claims=(),
-        tables=[_networks_table(findings), _layers_table(findings)],
+        tables=[
+            _networks_table(findings),
+            *([_trim_table(findings, findings.result.trim)] if findings.result.trim else []),
+            _layers_table(findings),
+        ],
         pictures=[
             Picture(f.name, f.title, f.caption, run.path / "figures" / f"{f.name}.png")
             for f in figures
@@ -48,7 +58,7 @@ def console_summary(findings: PruneFindings) -> ConsoleTable:
     """Return the two networks side by side, for the terminal."""
     table = ConsoleTable(title=findings.config.pruner.title)
     table.add_column("network")
-    for column in ("zeros", "test loss", "accuracy", "distance", "products", "seconds"):
+    for column in ("zeros", "test loss", "accuracy", "distance", _cost(findings)[0], "seconds"):
         table.add_column(column, justify="right")
     for cells in _network_rows(findings):
         table.add_row(*cells)
@@ -68,8 +78,10 @@ def summary(findings: PruneFindings) -> dict[str, Any]:
         "cost": {
             "products": result.products,
             "gradients": result.gradients,
+            "iterations": result.iterations,
             "seconds": round(result.seconds, 3),
         },
+        "net_trim": None if result.trim is None else _trim_summary(result.trim),
         "weights": findings.num_weights,
         "calibration_samples": findings.num_samples,
         "notes": list(findings.notes),
@@ -117,7 +129,7 @@ def _network_rows(findings: PruneFindings) -> list[list[str]]:
         [*cells("dense", already, findings.dense), "–", "–"],
         [
             *cells("pruned", findings.sparsity, findings.pruned),
-            f"{result.products:,}",
+            f"{_cost(findings)[1]:,}",
             f"{result.seconds:.1f}",
         ],
         *(
@@ -126,6 +138,14 @@ def _network_rows(findings: PruneFindings) -> list[list[str]]:
             else []
         ),
     ]
+
+
+def _cost(findings: PruneFindings) -> tuple[str, int]:
+    """What the method's work is counted in, and how much it was."""
+    result = findings.result
+    if result.iterations and not result.products:
+        return "iterations", result.iterations
+    return "products", result.products
 
 
 def _networks_table(findings: PruneFindings) -> Table:
@@ -139,10 +159,13 @@ def _networks_table(findings: PruneFindings) -> Table:
         "Before and after",
         f"On {findings.num_test_samples:,} test samples. Distance: {kind} from the dense "
         f"network's. Zeros are counted among all {findings.num_weights:,} trained weights, biases "
-        "and normalisation layers included. Products with a matrix of second derivatives, and "
+        f"and normalisation layers included. {_COUNTED[_cost(findings)[0]]}, and "
         "seconds of the processor (of the wall on a GPU), are those of the pruning alone. The "
         f"file of weights has {plain / 1e6:.3g} MB, the compact one {compact / 1e6:.3g} MB.",
-        ["network", "zeros", "test loss", "test accuracy", "distance", "products", "seconds"],
+        [
+            *("network", "zeros", "test loss", "test accuracy", "distance"),
+            *(_cost(findings)[0], "seconds"),
+        ],
         [
             TableRow(cells, "control" if cells[0] == "dense" else "")
             for cells in _network_rows(findings)
@@ -168,6 +191,60 @@ def _layers_table(findings: PruneFindings) -> Table:
             for layer in findings.layers
         ],
     )
+
+
+def _trim_table(findings: PruneFindings, trim: SparsityTrim) -> Table:
+    found = trim.trim
+    size = found.output_norm
+    bound = (
+        "They prove no bound of it, as the network is no chain of layers."
+        if found.bound is None
+        else f"They prove that it is at most {number(found.bound)}."
+    )
+    return Table(
+        "What Net-Trim measured on every layer",
+        f"On the calibration samples, for {found.mode} layers and {trim.epsilon:.3g} of the norm "
+        "of every layer's outputs. ε bounds the discrepancy; violation: by how much an output that "
+        "was silent is above its bound, as a share of the layer's scale; after: the discrepancy "
+        f"after the ReLU. The network's outputs are off by {number(found.discrepancy)}, "
+        f"{percent(found.discrepancy / size if size else 0.0)} of their norm. {bound} After the "
+        f"cut of the {trim.num_cut:,} smallest weights to the share of zeros that was wanted they "
+        f"are off by {number(trim.discrepancy)}.",
+        ["layer", "kind", "ε", "discrepancy", "violation", "after", "left", "iterations", "solved"],
+        [
+            TableRow(
+                [
+                    row["weight"],
+                    row["kind"],
+                    number(row["epsilon"]),
+                    number(row["discrepancy"]),
+                    f"{row['violation']:.1e}",
+                    number(row["output_discrepancy"]),
+                    percent(row["density"]),
+                    f"{row['iterations']:,}",
+                    "yes" if row["converged"] else "no",
+                ],
+                "" if row["converged"] else "control",
+            )
+            for row in findings.trimmed_layers
+        ],
+    )
+
+
+def _trim_summary(trim: SparsityTrim) -> dict[str, Any]:
+    found = trim.trim
+    return {
+        "mode": found.mode,
+        "epsilon": trim.epsilon,
+        "networks_solved": trim.num_solved,
+        "weights_cut": trim.num_cut,
+        "discrepancy": found.discrepancy,
+        "discrepancy_after_cut": trim.discrepancy,
+        "bound": found.bound,
+        "output_norm": found.output_norm,
+        "converged": found.converged,
+        "skipped": dict(found.skipped),
+    }
 
 
 def _methods_text(findings: PruneFindings) -> list[str]:

@@ -395,8 +395,10 @@ def test_every_method_reaches_every_sparsity_and_leaves_everything_as_it_was(den
         assert int((point.weights == 0).sum()) == math.ceil(point.sparsity * SIZE)
         assert point.seconds >= 0.0
     if METHODS[name].calibrates and name not in ("obc", "wanda"):
-        assert found[1].products + found[1].gradients > 0
+        counts = [point.products + point.gradients + point.iterations for point in found]
+        assert counts[1] > 0
         assert found[1].products >= found[0].products
+        assert (counts[1] == found[1].iterations) == (name == "net-trim")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, dense.model.state_dict().values(), before))
     assert not dense.model.training
@@ -420,7 +422,7 @@ def test_compensated_weights_have_the_zeros_of_the_method_before_and_come_nearer
 
 
 def test_another_method_before_is_refused():
-    with pytest.raises(ValueError, match="`after` must be one of magnitude, obc, wanda"):
+    with pytest.raises(ValueError, match="`after` must be one of magnitude, net-trim, obc"):
         pruner("compensated:after=krylov")
 
 
