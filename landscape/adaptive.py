@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
+from torch import distributed as dist
 
 from hessian.errors import ConvergenceWarning
 from hessian.objective import Objective
@@ -62,8 +63,10 @@ def adaptive_surface(
     max_evaluations: int | None = None,
     batch_norm: BatchNorm | BatchNormKind = "recompute",
     speed: Speed | Plan = "auto",
+    precision: Literal["full", "bfloat16"] = "full",
     folder: str | Path | None = None,
     workers: int = 1,
+    group: dist.ProcessGroup | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AdaptiveSurface:
@@ -87,8 +90,10 @@ def adaptive_surface(
             coarse grid and the points held out take.
         batch_norm: As in `evaluate`.
         speed: As in `evaluate`.
+        precision: As in `evaluate`.
         folder: As in `evaluate`.
         workers: As in `evaluate`.
+        group: As in `evaluate`.
         seed: Of the points held out.
         progress: Called with the points done and the budget.
 
@@ -99,7 +104,9 @@ def adaptive_surface(
 
     Raises:
         ValueError: If an axis is not increasing, ``tol`` is not positive, or the budget does not
-            suffice to begin.
+            suffice to begin; as `evaluate`.
+        RuntimeError: If a worker process dies.
+        RankError: If another rank fails.
 
     Example:
         >>> import torch
@@ -128,7 +135,12 @@ def adaptive_surface(
             f"`max_evaluations` must be at least {least} for a coarse grid and the points held "
             f"out, got {budget}."
         )
-    options = {"batch_norm": batch_norm, "workers": workers}
+    options = {
+        "batch_norm": batch_norm,
+        "precision": precision,
+        "workers": workers,
+        "group": group,
+    }
     table = _Table(objective, plane, points, speed, options, folder, progress, min(budget, size))
     if size <= budget or not _refine(table, axes, tol, budget, seed):
         table.measure(torch.ones(points.shape[:2], dtype=torch.bool))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from hessian.objective import Objective
 from landscape.bands import simultaneous_band
@@ -78,8 +79,10 @@ def barrier(
     confidence: float = 0.95,
     batch_norm: BatchNorm | BatchNormKind = "recompute",
     speed: Speed | Plan = "auto",
+    precision: Literal["full", "bfloat16"] = "full",
     folder: str | FilePath | None = None,
     workers: int = 1,
+    group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> Barrier:
     """Measure the loss barrier along a path.
@@ -101,9 +104,11 @@ def barrier(
         confidence: Of the interval of the maximum and of its location.
         batch_norm: What batch norm normalises by at a point, see `BatchNorm`.
         speed: As in `evaluate`.
+        precision: As in `evaluate`.
         folder: As in `evaluate`; it keeps every sample's loss.
         workers: As in `evaluate`.
-        progress: Called with the points done and their number after every point.
+        group: As in `evaluate`; every rank then holds all samples' losses.
+        progress: As in `evaluate`.
 
     Returns:
         Both excesses with location, errors and interval, and the evaluation along the path.
@@ -112,6 +117,7 @@ def barrier(
         ValueError: If ``num_points`` is below 3, ``confidence`` is not between 0 and 1, or an
             option does not fit.
         RuntimeError: If a worker process dies.
+        RankError: If another rank fails.
 
     Warns:
         BatchNormWarning: If the model normalises by running statistics that are frozen.
@@ -138,8 +144,10 @@ def barrier(
         confidence=confidence,
         batch_norm=batch_norm,
         speed=speed,
+        precision=precision,
         folder=folder,
         workers=workers,
+        group=group,
         progress=progress,
     )
     return found["path", "objective", "loss"]
@@ -155,8 +163,10 @@ def barrier_table(
     confidence: float = 0.95,
     batch_norm: BatchNorm | BatchNormKind = "recompute",
     speed: Speed | Plan = "auto",
+    precision: Literal["full", "bfloat16"] = "full",
     folder: str | FilePath | None = None,
     workers: int = 1,
+    group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> BarrierTable:
     """Measure barriers of several objectives and metrics, with controls to hold them against.
@@ -175,8 +185,10 @@ def barrier_table(
         confidence: As in `barrier`.
         batch_norm: As in `barrier`.
         speed: As in `barrier`.
+        precision: As in `barrier`.
         folder: As in `barrier`; holds one folder for each path.
         workers: As in `barrier`.
+        group: As in `barrier`.
         progress: Called after every point of each path with those done and their number on it.
 
     Returns:
@@ -185,6 +197,7 @@ def barrier_table(
     Raises:
         ValueError: As `barrier`; if a control is called ``"path"``, or has other weights.
         RuntimeError: If a worker process dies.
+        RankError: If another rank fails.
 
     Warns:
         BatchNormWarning: As `barrier`.
@@ -223,8 +236,10 @@ def barrier_table(
             as_batch_norm(batch_norm),
             width=(sum(lengths),),
             speed=speed,
+            precision=precision,
             folder=None if folder is None else FilePath(folder) / f"path-{k}",
             workers=workers,
+            group=group,
             progress=progress,
         )
         parts = torch.split(values, lengths, dim=1)

@@ -39,6 +39,15 @@ def as_combination(path: Path | Plane) -> Combination | None:
     return None
 
 
+def defining_vectors(path: Path | Plane, points: Tensor) -> tuple[Tensor, ...]:
+    """Return what tells a path or plane from others: what it combines, or where it passes."""
+    combination = as_combination(path)
+    if combination is not None:
+        return combination.vectors
+    # A function is known by its values only; three of the points, shape [m].
+    return tuple(path(float(t)) for t in points[[0, len(points) // 2, -1]])
+
+
 def write_weights_(
     out: Tensor, combination: Combination, point: Tensor, entries: slice = slice(None)
 ) -> None:

@@ -1,6 +1,5 @@
 """The loss, and whatever else is asked for, at every point of a path or plane."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -18,6 +17,7 @@ from hessian.batch_statistics import batch_norm_layers
 from hessian.determinism import require_fixed_modules
 from hessian.distributed import Ranks
 from hessian.objective import Objective
+from landscape.agreement import agreed_plan, require_same_work
 from landscape.batch_norm import BatchNorm, BatchNormKind, as_batch_norm
 from landscape.combinations import describe_path
 from landscape.paths import Path
@@ -32,8 +32,6 @@ from landscape.spread import Recipe, measure_all, threads
 PROBE_SAMPLES = 2048
 TOLERANCE = {torch.float64: 1e-10}
 """Largest relative difference of a loss from the plain way, by type; 1e-5 for others."""
-MESSAGE = 1024
-"""Bytes in which a plan is told to other ranks."""
 
 
 class BatchNormWarning(UserWarning):
@@ -84,8 +82,10 @@ def evaluate(
 
     Raises:
         ValueError: If ``ts`` has the wrong shape, or is empty; if an option is not known or does
-            not fit; if the folder holds points of something else.
+            not fit; if the folder holds points of something else; if ranks were given different
+            points, paths or data.
         RuntimeError: If a worker process dies.
+        RankError: If another rank fails.
 
     Warns:
         BatchNormWarning: If the model normalises by running statistics and ``batch_norm`` is
@@ -160,6 +160,7 @@ def sweep(
         ValueError: As `evaluate`; if objectives differ in model or weights, or a metric is not
             known.
         RuntimeError: If a worker process dies.
+        RankError: As `evaluate`.
 
     Warns:
         BatchNormWarning: As `evaluate`.
@@ -222,13 +223,14 @@ def measured(
     warn_about_batch_norm(first, {} if policy.kind == "frozen" else batch_norm_layers(first.model))
     recipe = {"objectives": objectives, "path": path, "metrics": chosen, "policy": policy}
     ranks = Ranks(group, first.device)
+    require_same_work(ranks, objectives, path, rows)
     about: dict[str, Any] = {}
     if folder is not None:
         about = identity(objectives, path, rows, chosen, policy, precision)
         about["numbers of a point"] = list(width)
     shards = Shards(None if folder is None else FilePath(folder), about)
     base = Plan(precision=_require_precision(precision), threads=_threads(workers))
-    plan = _agreed(ranks, lambda: _plan(recipe, rows, speed, base, shards))
+    plan = agreed_plan(ranks, lambda: _plan(recipe, rows, speed, base, shards))
     shards.begin(plan.as_json())
     with threads(plan.threads):
         try:
@@ -307,18 +309,6 @@ def _plan(recipe: Recipe, rows: Tensor, speed: Speed | Plan, base: Plan, shards:
             work=len(rows) * max(1.0, most / PROBE_SAMPLES),
             tolerance=TOLERANCE.get(first.dtype, 1e-5),
         )
-
-
-def _agreed(ranks: Ranks, choose: Callable[[], Plan]) -> Plan:
-    """The plan that rank 0 chose."""
-    if ranks.size == 1:
-        return choose()
-    sent = b""
-    with ranks.in_step():
-        if ranks.rank == 0:
-            sent = json.dumps(choose().as_json()).encode()
-    table = ranks.gather(list(sent.ljust(MESSAGE)))
-    return Plan.from_json(json.loads(bytes(int(x) for x in table[0])))
 
 
 def _provenance(

@@ -17,7 +17,7 @@ from hessian.atomic import write_atomically
 from hessian.batches import fingerprint
 from hessian.objective import Objective
 from landscape.batch_norm import BatchNorm
-from landscape.combinations import as_combination
+from landscape.combinations import defining_vectors
 from landscape.paths import Path
 from landscape.planes import Plane
 
@@ -110,15 +110,12 @@ def identity(
     precision: str,
 ) -> dict[str, Any]:
     """Return what the numbers of a sweep depend on. Costs one pass over the data, no model."""
-    combination = as_combination(path)
-    probes = points.reshape(len(points), -1)[[0, len(points) // 2, -1]]
-    vectors = combination.vectors if combination is not None else [path(float(p)) for p in probes]
     first = next(iter(objectives.values()))
     sources = dict(objectives) | ({} if policy.data is None else {"batch norm": policy.data})
     ends = [t for buffers in policy.ends or () for _, t in sorted(buffers.items())]
     return {
         "points": checksum(points),
-        "path": [type(path).__name__, checksum(*vectors)],
+        "path": [type(path).__name__, checksum(*defining_vectors(path, points))],
         "model": [type(first.model).__name__, checksum(*first.constants().values())],
         "data": {name: checksum(fingerprint(o.batches())) for name, o in sources.items()},
         "criterion": {name: _name(o.criterion) for name, o in objectives.items()},

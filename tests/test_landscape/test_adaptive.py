@@ -4,9 +4,12 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
+from hessian import Objective
 from hessian.errors import ConvergenceWarning
 from landscape import Plane, adaptive_surface
+from tests.cases import seeded
 
 E = torch.eye(2, dtype=torch.float64)
 PLANE = Plane(torch.zeros(2).double(), E[0], E[1])
@@ -121,6 +124,21 @@ def test_a_killed_surface_goes_on(tmp_path, formula_objective, samples):
     assert len(calls) == used - 97  # 81 on the first lines, and two files of 8
     assert torch.equal(found.evaluation.total, whole.evaluation.total)
     assert found.error == whole.error
+
+
+def test_reduced_precision_and_workers_are_those_of_the_sweep(tmp_path):
+    x = torch.linspace(-2, 2, 60).sin().reshape(20, 3)
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))).float()
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, torch.arange(20) % 2))
+    u, v = torch.randn(2, objective.size, generator=torch.Generator().manual_seed(0))
+    plane = Plane(objective.weights(), u, v)
+    xs, ys = XS[::10], YS[::5]  # measured whole
+    alone = adaptive_surface(objective, plane, xs, ys, precision="bfloat16")
+    assert alone.evaluation.provenance["plan"]["precision"] == "bfloat16"
+    spread = adaptive_surface(objective, plane, xs, ys, precision="bfloat16", workers=2)
+    assert torch.equal(spread.evaluation.total, alone.evaluation.total)
+    full = adaptive_surface(objective, plane, xs, ys).evaluation
+    assert not torch.equal(full.total, alone.evaluation.total)
 
 
 def test_bad_axes_and_budgets_are_named(formula_objective, samples):

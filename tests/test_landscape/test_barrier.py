@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from hessian import Objective, Operator
 from landscape import BatchNormWarning, Line, barrier, barrier_table, curvature_share, evaluate
+from tests.cases import seeded
 
 
 @pytest.fixture
@@ -198,6 +200,41 @@ def test_a_killed_barrier_goes_on(tmp_path, formula_objective, wells):
     whole = barrier(objective, LINE, num_points=20)
     assert found.excess_over_mean == whole.excess_over_mean
     assert torch.equal(found.evaluation.total, whole.evaluation.total)
+
+
+@pytest.fixture
+def classifier():
+    """Two classes by a small network in float32, and a line that leads away from it."""
+    x = torch.linspace(-2, 2, 60).sin().reshape(20, 3)
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))).float()
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, torch.arange(20) % 2), batch_size=7)
+    w = objective.weights()
+    return objective, Line(w, w.flip(0))
+
+
+def test_worker_processes_find_the_same_barriers_to_the_last_bit(tmp_path, classifier):
+    objective, line = classifier
+    options = {"controls": {"back": 2 * line.start}, "metrics": ("loss", "error"), "num_points": 19}
+    alone = barrier_table(objective, line, **options)
+    spread = barrier_table(objective, line, **options, workers=2, folder=tmp_path)
+    assert spread.rows() == alone.rows()
+    for key, found in spread.barriers.items():
+        assert torch.equal(found.evaluation.total, alone[key].evaluation.total)
+    assert len(list(tmp_path.rglob("points-*"))) == 2 * 3  # 8, 8 and 3 points on each path
+
+
+def test_a_barrier_in_reduced_precision_says_how_far_it_is_off(classifier):
+    objective, line = classifier
+    full = barrier(objective, line, num_points=5).evaluation
+    found = barrier(objective, line, num_points=5, precision="bfloat16")
+    again = evaluate(objective, line, [0.0, 0.25, 0.5, 0.75, 1.0], precision="bfloat16")
+    assert_close(found.evaluation.total, again.total)
+    plan = found.evaluation.provenance["plan"]
+    assert plan["precision"] == "bfloat16"
+    deviations = (found.evaluation.mean / full.mean - 1).abs()
+    # Measured at some of the points.
+    assert float((deviations / plan["deviation"] - 1).abs().min()) < 0.02
+    assert 1e-6 < plan["deviation"] < 1e-2
 
 
 def test_bad_barrier_options_are_named(formula_objective, wells):
