@@ -104,6 +104,14 @@ class Ranks:
         table[self.rank] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return self.sum_(table.to(self._device)).cpu()
 
+    def exchange(self, data: bytes) -> list[bytes]:
+        """Return the bytes of every rank, in order; memory for as many times the longest."""
+        sizes = [int(size) for size in self.gather([float(len(data))])[:, 0]]
+        table = torch.zeros(self.size, max(1, *sizes), dtype=torch.uint8, device="cpu")
+        table[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        table = self.sum_(table.to(self._device)).cpu()
+        return [row[:size].numpy().tobytes() for row, size in zip(table, sizes, strict=True)]
+
     @contextmanager
     def in_step(self, *vectors: Tensor) -> Iterator[None]:
         """Do one rank's share of some work, and let all ranks succeed or fail together.

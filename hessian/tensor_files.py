@@ -17,11 +17,15 @@ class DamagedFileError(ValueError):
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
     """Write tensors, and a JSON value for every key of the metadata; every bit is kept."""
-    data = save(
+    return write_atomically(path, tensor_bytes(tensors, metadata))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """Return what `write_tensors` writes, and `tensors_of` reads."""
+    return save(
         {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
         {key: json.dumps(value) for key, value in metadata.items()},
     )
-    return write_atomically(path, data)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -31,11 +35,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: If there is no such file.
         DamagedFileError: If it is no safetensors file, or cut short.
     """
-    tensors, header = read_with_header(path)
+    return tensors_of(path.read_bytes(), path)
+
+
+def tensors_of(data: bytes, source: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors, on the CPU, and metadata of the bytes of a file; errors name the source.
+
+    Raises:
+        DamagedFileError: If they are not those of a safetensors file, or cut short.
+    """
+    tensors, header = _with_header(data, source)
     try:
         return tensors, {key: json.loads(value) for key, value in header.items()}
     except ValueError as error:
-        raise DamagedFileError(f"{path} is damaged ({error}). Remove it.") from error
+        raise DamagedFileError(f"{source} is damaged ({error}). Remove it.") from error
 
 
 def read_with_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -45,12 +58,15 @@ def read_with_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: If there is no such file.
         DamagedFileError: If it is no safetensors file, or cut short.
     """
-    data = path.read_bytes()
+    return _with_header(path.read_bytes(), path)
+
+
+def _with_header(data: bytes, source: object) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         return tensors, dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
     except Exception as error:  # safetensors and json each have their own
         raise DamagedFileError(
-            f"{path} is damaged ({error}): it must be a whole safetensors file. Remove it."
+            f"{source} is damaged ({error}): it must be a whole safetensors file. Remove it."
         ) from error

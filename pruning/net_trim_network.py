@@ -1,8 +1,10 @@
 """Net-Trim of a network: every layer as sparse as a discrepancy of its outputs allows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
 from torch import nn
 
 from hessian.parameters import Selection
@@ -33,6 +35,9 @@ def net_trim(
     max_iterations: int = MAX_ITERATIONS,
     chunk: int | None = None,
     precision: Precision = "full",
+    checkpoint: str | Path | None = None,
+    workers: int = 1,
+    group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> NetworkTrim:
     """Return sparse weights of a network whose layers' outputs stay near those of the dense one.
@@ -89,13 +94,24 @@ def net_trim(
         max_iterations: Budget of each program.
         chunk: Samples that are worked on at a time.
         precision: Of products.
-        progress: Called with the layers done and all of them, after each.
+        checkpoint: A folder that keeps every layer that is finished. The same call goes on where a
+            killed one stopped, with the same bits.
+        workers: Processes that share the layers, on a CPU, ``"parallel"`` only. Each gets a copy of
+            model and inputs and runs as many threads as torch is set to here, so that the bits are
+            those of one process; call ``torch.set_num_threads`` with cores over workers before.
+        group: Ranks that share the layers, ``"parallel"`` only, each with the same model and
+            inputs; all return the same.
+        progress: Called with the layers done and all of them, after each; with ranks, of its own.
 
     Raises:
         ValueError: If a share is negative or NaN, γ is below 1, an option is not known or out of
             range, a pattern matches nothing or leaves a layer without a share, the model calls no
-            layer that may be pruned, or anything that ``DenseDistance`` refuses.
+            layer that may be pruned, ``checkpoint`` holds another pruning, ``workers`` or ``group``
+            cannot be used or differ in what they are given, or anything that ``DenseDistance``
+            refuses.
         TypeError: As ``DenseDistance``.
+        RuntimeError: If a worker process dies.
+        RankError: If another rank fails.
         NonDeterministicError: If dropout is on, or batch norm in training mode.
         NonFiniteError: If what goes into a layer or comes out of it is not finite; the message
             names the layer.
@@ -136,4 +152,13 @@ def net_trim(
     objective = DenseDistance(
         model, calibration, kind="squared", parameters=parameters, batch_size=batch_size
     )
-    return trim_network(objective, objective.weights(), options, progress=progress, stacklevel=3)
+    return trim_network(
+        objective,
+        objective.weights(),
+        options,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        workers=workers,
+        group=group,
+        progress=progress,
+        stacklevel=3,
+    )

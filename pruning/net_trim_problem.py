@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hessian import Objective
 from pruning.layer_calls import LayerCall, LayerCalls
-from pruning.layer_trim import RESOLUTION
+from pruning.layer_trim import RESOLUTION, LayerTrim
 from pruning.net_trim_program import Ball, LayerProgram
 from pruning.net_trim_survey import FoundLayer
 from pruning.net_trim_targets import outputs
@@ -31,6 +31,10 @@ class GroupProblem:
     def epsilon(self, share: float, gamma: float) -> float:
         """Return ε: a share of ‖Y‖_F on dense inputs, and √γ times the drift on others."""
         return share * self.norm if self.drift is None else math.sqrt(gamma) * self.drift
+
+    def solve(self, epsilon: float, **options: Any) -> LayerTrim:
+        """Return the sparse weights for one ε, with options of ``LayerProgram.solve``."""
+        return self.program.solve(epsilon, **options)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import net_trim, net_trim_layers, net_trim_to_sparsity
+from pruning import net_trim, net_trim_solved, net_trim_to_sparsity
 from pruning.net_trim_problem import group_problems
 from tests.cases import seeded
 
@@ -60,7 +60,7 @@ def test_tries_share_the_programs_of_parallel_layers(monkeypatch, mode, times):
         built.append(layer.weight)
         return group_problems(objective, layer, *args, **options)
 
-    monkeypatch.setattr(net_trim_layers, "group_problems", counted)
+    monkeypatch.setattr(net_trim_solved, "group_problems", counted)
     found = net_trim_to_sparsity(mlp(), normal(60, 6), 0.6, mode=mode, within=0.0, max_tries=3)
     assert found.num_solved == 3
     assert built == ["0.weight", "3.weight"] * times
