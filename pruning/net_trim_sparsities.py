@@ -128,7 +128,7 @@ class _Search:
         share = self._nearest(wanted)
         trim, told = self._trims[share]
         for warning in told:
-            warnings.warn(str(warning.message), warning.category, stacklevel=4)
+            warnings.warn(str(warning.message), warning.category, stacklevel=3)
         # What has fewer zeros is nearest to no sparsity that comes.
         for other in [g for g in self._trims if self._zeros[g] < self._zeros[share]]:
             del self._trims[other]
@@ -196,7 +196,7 @@ def next_share(zeros: Mapping[float, int], wanted: int, aim: float | None) -> fl
             Default: the middle.
 
     Example:
-        >>> round(next_share({0.01: 100, 0.1: 300}, 250, 200), 4)
+        >>> round(next_share({0.01: 100, 0.1: 300}, 250, 200.0), 4)
         0.0316
     """
     high = min((g for g, count in zeros.items() if count > wanted), default=HIGHEST)

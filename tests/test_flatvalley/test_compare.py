@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from flatvalley.data import default_root
+from flatvalley.pruning_methods import METHODS
 from flatvalley.run import Run
 from flatvalley.studies import compare as study
 from flatvalley.studies.compare_cell import cell_file
 from flatvalley.studies.compare_config import CompareConfig
-from flatvalley.studies.compare_rows import parse_row, training_run
+from flatvalley.studies.compare_figures import COLORS
+from flatvalley.studies.compare_report import compare_tables
+from flatvalley.studies.compare_rows import TRAININGS, parse_row, training_run
 from flatvalley.studies.direct_labels import spread
 from flatvalley.studies.published import PROTOCOLS, Point, frontier, read_published
 from flatvalley.train_config import TrainConfig, file_name
@@ -52,7 +55,7 @@ OWN = (
     "--workers=1",
 )
 KRYLOV = "krylov:products=6,stages=2,temperature=1|4"
-ROWS = ("magnitude", KRYLOV, "grda", "gradual-magnitude:every=1")
+ROWS = ("magnitude", KRYLOV, "net-trim:within=0.05", "grda", "gradual-magnitude:every=1")
 SHARES, SEEDS = (0.5, 0.8), (0, 1)
 WHAT = ("--sparsities=0.5,0.8", "--seeds=0 1", *(f"--methods={row}" for row in ROWS))
 
@@ -148,12 +151,44 @@ def test_console_and_report_say_what_the_summary_says(compared):
         assert shown in printed
         low, high = (float(row[f"test_accuracy_{end}"]) for end in ("low", "high"))
         assert f"{shown} ({100 * low:.2f}–{100 * high:.2f})" in html
-    for title in ("magnitude", "compensated, Krylov", "gRDA (retrained)", "Settings that were"):
+    for title in (
+        *("magnitude", "compensated, Krylov", "Net-Trim, within=0.05"),
+        *("gRDA (retrained)", "Settings that were"),
+    ):
         assert title in html
     assert "inputs" in html
     for name in ("accuracy", "loss", "cost"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
         assert (out / "figures" / f"{name}.pdf").exists()
+
+
+def test_iterations_stand_for_net_trims_cost_and_nothing_for_others(compared):
+    out, _ = compared
+    by_row = {(row["row"], row["sparsity"]): row for row in rows(out / "tables" / "summary.csv")}
+    first, last = (by_row["net-trim:within=0.05", str(share)] for share in SHARES)
+    cells = cells_of(out, row="net-trim:within=0.05", wanted=SHARES[-1])
+    mean = statistics.fmean(int(cell["iterations"]) for cell in cells)
+    assert float(last["iterations"]) == mean >= float(first["iterations"]) > 0
+    assert float(last["products"]) == 0
+    assert float(by_row["magnitude", "0.8"]["iterations"]) == 0
+    html = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
+    assert re.search(rf"Net-Trim, within=0\.05\s+inputs\s+0\s+0\s+{mean:,.0f}\s", html)
+
+
+def test_cells_from_before_iterations_were_counted_are_read(tmp_path):
+    config = CompareConfig(
+        TrainConfig(model="digits-mlp", data="digits", runs=("sgd",)),
+        ("magnitude",),
+        (0.5,),
+        (0,),
+    )
+    found = written(tmp_path, config, {("magnitude", 0): [point(0.5, 0.9, 0.9)]})
+    assert found.rows[0].over_seeds(0.5, "iterations") == []
+    assert "iterations" not in compare_tables(found)["summary"][0]
+
+
+def test_every_method_has_a_colour():
+    assert {*METHODS, *TRAININGS} == set(COLORS)
 
 
 def test_rows_that_train_end_at_the_sparsity_with_as_many_steps(compared):

@@ -25,8 +25,9 @@ from flatvalley.sparse_weights import load_sparse_weights
 from flatvalley.studies.prune_sources import from_train_run
 from flatvalley.train_config import TrainConfig
 from flatvalley.training import train
-from hessian import NonFiniteError
-from pruning import CalibrationWarning
+from hessian import ConvergenceWarning, NonFiniteError
+from pruning import CalibrationWarning, net_trim
+from pruning.net_trim_sparsities import net_trim_to_sparsities
 from tests.program import flatvalley, rows
 
 MODULE = """
@@ -287,6 +288,13 @@ def test_what_is_cut_off_leaves_no_weights(folder, trained, monkeypatch):
         (["--method=krylov:colour=3"], 2, "`method` krylov takes"),
         (["--method=krylov:products=x"], 2, "`method` needs a whole number for products"),
         (["--method=krylov:temperature=-1"], 2, "`temperature` must be positive and finite"),
+        (["--method=net-trim:refit=yes"], 2, "`method` needs true or false for refit"),
+        (["--method=net-trim:mode=serial"], 2, "`mode` must be one of ('parallel', 'cascade')"),
+        (["--method=net-trim:gamma=0.9"], 2, "`gamma` must be finite and at least 1"),
+        (["--method=net-trim:within=-1"], 2, "`within` must be finite and at least 0"),
+        (["--method=net-trim:max_tries=0"], 2, "`max_tries` must be positive"),
+        (["--method=net-trim"], 2, "`sparsity` must be at most 0.7407407407"),
+        (["--method=net-trim", "--allocation=uniform"], 2, "`allocation` cannot go with net-trim"),
         (["--method=eigenspace:k=0"], 2, "`k` must be at least 1, got 0"),
         (["--method=dp-projector:k=500"], 2, "needs k at most 243, the number of weights, got 500"),
         (["--method=path:k=5", "--exclude=*.bias"], 2, "`exclude` cannot go with path"),
@@ -405,6 +413,97 @@ def test_every_method_reaches_every_sparsity_and_leaves_everything_as_it_was(den
     assert all(p.grad is None for p in dense.model.parameters())
 
 
+def test_net_trim_takes_its_settings_and_those_of_the_problem(dense):
+    problem = dense.problem(exclude=("0.*",))
+    given = {"ball": "joint", "within": 0.1, "tol": 1e-3, "precision": "mixed"}
+    inputs = [(x,) for x, _ in problem.batches]
+    for text, settings in (
+        ("net-trim:ball=joint,within=0.1", {"mode": "cascade", "refit": True}),
+        (
+            "net-trim:ball=joint,within=0.1,mode=parallel,refit=false,max_tries=1",
+            {"mode": "parallel", "refit": False, "max_tries": 1},
+        ),
+    ):
+        tries = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CalibrationWarning)
+            found = list(pruner(text).prune(problem, [0.1, 0.2]))
+            direct = net_trim_to_sparsities(
+                problem.model,
+                inputs,
+                [0.1, 0.2],
+                exclude="0.*",
+                on_try=tries.append,
+                **(given | settings),
+            )
+            assert all(
+                torch.equal(a.weights, b.weights) for a, b in zip(found, direct, strict=True)
+            )
+        assert found[1].trim.trim.mode == settings["mode"]
+        # All tries up to there count, not only that which was taken.
+        counts = [sum(own.iterations for own in trim.layers[0].trims) for trim in tries]
+        assert found[1].iterations == sum(counts)
+        assert found[1].seconds > found[0].seconds
+
+
+def test_more_zeros_than_wanted_are_told(dense):
+    sparse = dense.with_weights(dense.problem().w, recalibrate=False)
+    with torch.no_grad():
+        sparse[0].weight[:15] = 0.0  # outputs that are always the same
+        sparse[0].weight[:15, 0] = 1e-9
+    problem = PruningProblem(sparse.eval(), dense.criterion, dense.batches)
+    with pytest.warns(ConvergenceWarning, match=r"gave a share of 0\.\d+ zeros where 0\.35 was"):
+        (found,) = pruner("net-trim:refit=false,max_tries=2").prune(problem, [0.35])
+    assert int((found.weights == 0).sum()) > math.ceil(0.35 * SIZE)
+
+
+def test_what_net_trim_measured_is_in_tables_and_report(folder, trained):
+    out = folder / "trimmed"
+    status, printed, errors = flatvalley(
+        "prune", trained, "--method=net-trim:within=0.05", "--sparsity=0.6", f"--out={out}"
+    )
+    assert status == 0, errors
+    record = json.loads((out / "run.json").read_text())
+    evidence = record["net_trim"]
+    table = {row["weight"]: row for row in rows(out / "tables" / "trimmed_layers.csv")}
+    assert list(table) == ["0.weight", "3.weight"]
+    source = from_train_run(trained)
+    dense = load_dense(source.config, source.weights, trained=source.trained)
+    trim = net_trim(
+        dense.model,
+        [(x,) for x, _ in dense.batches],
+        epsilon=evidence["epsilon"],
+        mode="cascade",
+        refit=True,
+        precision="mixed",
+        tol=1e-3,
+    )
+    for layer in trim.layers:
+        row = table[layer.weight]
+        for name in ("epsilon", "discrepancy", "output_discrepancy", "violation", "density"):
+            expected = getattr(layer, name)
+            assert float(row[name]) == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+        assert row["reason"] == layer.reason and row["converged"] == "True"
+    assert evidence["discrepancy"] == pytest.approx(trim.discrepancy, rel=1e-4)
+    assert evidence["output_norm"] == pytest.approx(trim.output_norm, rel=1e-6)
+    assert evidence["bound"] is trim.bound is None  # batch norm is no part of a chain
+    x = torch.cat([inputs for inputs, _ in dense.batches])
+    cut = dense.with_weights(flat(out / "weights.safetensors"), recalibrate=False)
+    with torch.no_grad():
+        off = float((cut(x) - dense.model(x)).norm())
+    assert evidence["discrepancy_after_cut"] == pytest.approx(off, rel=1e-4)
+    assert evidence["weights_cut"] == math.ceil(0.6 * SIZE) - int((~trim.mask).sum())
+    html = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
+    assert "What Net-Trim measured on every layer" in html
+    assert "They prove no bound of it" in html
+    assert "Iterations of the layers' programs" in html.replace("&#x27;", "'").replace("&#39;", "'")
+    networks = {row["network"]: row for row in rows(out / "tables" / "networks.csv")}
+    iterations = int(networks["pruned"]["iterations"])
+    assert iterations >= sum(int(row["iterations"]) for row in table.values())
+    assert iterations == record["cost"]["iterations"]
+    assert f"{iterations:,}" in printed
+
+
 @pytest.mark.parametrize("after", SUPPORTS)
 def test_compensated_weights_have_the_zeros_of_the_method_before_and_come_nearer(dense, after):
     problem = dense.problem()
@@ -419,6 +518,8 @@ def test_compensated_weights_have_the_zeros_of_the_method_before_and_come_nearer
         assert distance.loss(moved.weights) < distance.loss(was.weights)
         assert moved.products - was.products in range(1, 7)
         assert moved.gradients == was.gradients
+        assert moved.iterations == was.iterations
+        assert moved.trim is None
 
 
 def test_another_method_before_is_refused():
