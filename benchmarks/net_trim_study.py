@@ -45,12 +45,17 @@ from flatvalley.studies.compare_figures import COLORS
 from flatvalley.studies.direct_labels import EndLabel, label_ends
 from flatvalley.train_config import TrainConfig, file_name
 from hessian.atomic import write_atomically
-from pruning import CalibrationWarning, net_trim, obc_traces, wanda_prune
+from pruning import (
+    CalibrationWarning,
+    NetworkTrim,
+    magnitude_prune,
+    net_trim,
+    net_trim_to_sparsities,
+    obc_traces,
+    wanda_prune,
+)
 from pruning.allocation import parameter_slices
-from pruning.magnitude import magnitude_prune
 from pruning.net_trim_bound import output_distance
-from pruning.net_trim_result import NetworkTrim
-from pruning.net_trim_sparsities import net_trim_to_sparsities
 
 PROGRAM: dict[str, Any] = {
     "ball": "joint",

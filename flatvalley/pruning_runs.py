@@ -25,12 +25,12 @@ from pruning import (
     flat_response,
     lambda_for_sparsity,
     magnitude_prune,
+    net_trim_to_sparsities,
     random_prune,
 )
 from pruning.allocation import prunable
 from pruning.compensated import DEFAULT_STAGES
 from pruning.net_trim_result import NetworkTrim
-from pruning.net_trim_sparsities import net_trim_to_sparsities
 from pruning.obc import LayerAllocation, obc_traces
 from pruning.obd import obd_prune
 from pruning.pruned import wanted_zeros

@@ -13,6 +13,7 @@ DEFAULT_METHODS = (
     "eigenspace:k=50",
     "woodfisher:stages=4",
     "obc",
+    "net-trim",
     "obd",
     "wanda",
     "dp-projector:k=50",

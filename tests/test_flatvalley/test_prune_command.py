@@ -26,8 +26,7 @@ from flatvalley.studies.prune_sources import from_train_run
 from flatvalley.train_config import TrainConfig
 from flatvalley.training import train
 from hessian import ConvergenceWarning, NonFiniteError
-from pruning import CalibrationWarning, net_trim
-from pruning.net_trim_sparsities import net_trim_to_sparsities
+from pruning import CalibrationWarning, net_trim, net_trim_to_sparsities
 from tests.program import flatvalley, rows
 
 MODULE = """

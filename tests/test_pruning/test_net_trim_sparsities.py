@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from hessian import ConvergenceWarning
-from pruning import LayerProgram, net_trim, net_trim_to_sparsity
-from pruning.net_trim_sparsities import net_trim_to_sparsities, next_share
+from pruning import LayerProgram, net_trim, net_trim_to_sparsities, net_trim_to_sparsity
+from pruning.net_trim_sparsities import next_share
 from tests.cases import seeded
 
 SHARES = [0.4, 0.5, 0.65]
@@ -70,6 +70,19 @@ def test_what_was_tried_serves_the_sparsities_that_come(monkeypatch, mode, times
         net_trim_to_sparsity(mlp(), normal(60, 6), share, **options).num_solved for share in SHARES
     )
     assert len(tries) < 0.7 * alone
+
+
+def test_the_smallest_weights_of_layers_are_cut_and_no_biases():
+    model = mlp()
+    (found,) = net_trim_to_sparsities(model, normal(60, 6), [0.75], max_tries=1, **OPTIONS)
+    went = found.trim.mask & ~found.mask
+    assert int(went.sum()) == found.num_cut > 10
+    weights = torch.cat([torch.full((p.numel(),), p.ndim == 2) for p in model.parameters()])
+    assert torch.all(weights[went])
+    size = found.trim.weights.abs()
+    assert float(size[went].max()) <= float(size[found.mask & weights].min())
+    # Biases would have gone first, were they counted.
+    assert float(size[found.mask & ~weights].min()) < float(size[went].max())
 
 
 def test_a_sparsity_that_an_earlier_try_gave_takes_none():
