@@ -28,7 +28,8 @@ class Plan:
 
     Args:
         batch_size: Samples in a batch; None: as the objective has them.
-        channels_last: Whether images and kernels lie in memory with the channels last.
+        channels_last: Whether images and kernels lie in memory with the channels last; on a CPU,
+            windows of max pooling that do not overlap are then compared slice by slice.
         reuse_first_layer: Whether the first layer's outputs are combined from those at the origin
             and along the directions, which is exact but for rounding.
         precision: ``"bfloat16"`` runs the forward passes for loss and error under autocast.

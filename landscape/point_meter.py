@@ -22,6 +22,7 @@ from landscape.first_layer import (
     bytes_per_sample,
     find_first_layer,
 )
+from landscape.max_pooling import pooling_by_slices, poolings
 from landscape.paths import Path
 from landscape.planes import Plane
 from landscape.plans import Plan, UnsuitableError
@@ -79,6 +80,8 @@ class PointMeter:
         self._views = first.unflatten(self._w)
         self._kernels = self._channels_last_kernels() if plan.channels_last else {}
         self._weights = {**self._views, **self._kernels}
+        sliced = plan.channels_last and first.device.type == "cpu"
+        self._poolings = poolings(first.model) if sliced else []
         layer = self._first_layer(first) if plan.reuse_first_layer else None
         self._written = [slice(0, first.size)]
         if layer is not None and layer.alone and set(metrics) <= set(PER_SAMPLE):
@@ -282,7 +285,7 @@ class _PreparedBatches:
                     found = output(batch)
                 take(found, batch)
 
-        with torch.no_grad():
+        with torch.no_grad(), pooling_by_slices(self._meter._poolings):
             self._objective.run_at(self._meter._weights, work)
 
 
