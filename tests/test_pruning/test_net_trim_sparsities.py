@@ -3,8 +3,10 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from flatvalley.data import load_dataset
 from hessian import ConvergenceWarning
 from pruning import LayerProgram, net_trim, net_trim_to_sparsities, net_trim_to_sparsity
 from pruning.net_trim_sparsities import next_share
@@ -114,6 +116,32 @@ def test_inputs_that_are_never_active_may_give_more_zeros_than_wanted():
     few, more = net_trim_to_sparsities(model, x, [0.05, 0.6], max_tries=4, **OPTIONS)
     assert few.num_cut == 0 and few.sparsity >= 36 / len(few.weights) > 0.05
     assert int((more.weights == 0).sum()) == math.ceil(0.6 * len(more.weights))
+
+
+def test_a_cascade_stays_nearer_than_parallel_layers_at_equal_zeros_on_digits():
+    data = load_dataset("digits", dtype=torch.float64)
+    x, y = data.train_inputs[:500].flatten(1), data.train_labels[:500]
+    model = seeded(
+        lambda: nn.Sequential(
+            *(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10))
+        )
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    shares = [0.5, 0.7, 0.85]
+    parallel, cascade, fitted = (
+        list(net_trim_to_sparsities(model, x[:250], shares, **OPTIONS, **mode))
+        for mode in ({}, {"mode": "cascade"}, {"mode": "cascade", "refit": True})
+    )
+    for share, apart, along, best in zip(shares, parallel, cascade, fitted, strict=True):
+        assert apart.sparsity == along.sparsity == best.sparsity >= share
+        assert best.discrepancy < along.discrepancy < 0.8 * apart.discrepancy
+        for one in (apart, along, best):
+            assert one.trim.converged
+            assert one.trim.discrepancy <= one.trim.bound * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
