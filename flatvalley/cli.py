@@ -12,6 +12,7 @@ from flatvalley.commands.connect import connect
 from flatvalley.commands.plane import plane
 from flatvalley.commands.prune import prune
 from flatvalley.commands.published import published
+from flatvalley.commands.redraw import redraw
 from flatvalley.commands.refusals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from flatvalley.commands.spectrum import spectrum
 from flatvalley.commands.surface import surface
@@ -24,7 +25,9 @@ app = typer.Typer(
     help="Hessian, loss landscape and directional pruning of neural networks.",
     pretty_exceptions_enable=False,
 )
-for command in (verify, train, spectrum, prune, compare, published, connect, plane, surface):
+for command in (
+    verify, train, spectrum, prune, compare, published, connect, plane, surface, redraw
+):  # fmt: skip
     app.command()(command)
 
 

@@ -36,14 +36,13 @@ from landscape.permutations import Permutations
 from landscape.plane_figure import plot_plane
 from landscape.planes import Plane, grid
 from landscape.plans import Plan
+from landscape.published import LineMaximum, PublishedLine, PublishedPlane
 from landscape.random_directions import random_directions
 from landscape.readers import (
-    LineMaximum,
-    PublishedLine,
-    PublishedPlane,
     read_connectivity_curve,
     read_connectivity_plane,
     read_loss_landscape,
+    read_published_landscape,
 )
 from landscape.recorder import (
     RecordedPoints,
@@ -128,6 +127,7 @@ __all__ = [
     "read_connectivity_plane",
     "read_loss_landscape",
     "read_points",
+    "read_published_landscape",
     "read_trajectory",
     "run_norms",
     "save_figure",

@@ -31,7 +31,7 @@ def plot_profile(
     ylabel: str = "loss",
     log: bool = False,
 ) -> Axes:
-    """Draw the loss along paths, with bands of two standard errors.
+    """Draw the loss along paths, with bands of two standard errors where they are known.
 
     Points where the loss is not finite leave a gap, and are counted in the legend.
 
@@ -58,6 +58,7 @@ def plot_profile(
     """
     require_some("evaluations", evaluations)
     ax = ax or new_axes((5.0, 3.2))
+    banded = False
     for i, (name, evaluation) in enumerate(evaluations.items()):
         if evaluation.points.ndim != 1:
             raise ValueError(
@@ -67,6 +68,7 @@ def plot_profile(
         order = evaluation.points.argsort()
         t, mean = to_numpy(evaluation.points[order]), to_numpy(evaluation.mean[order])
         band = 2 * to_numpy(evaluation.standard_error[order])
+        banded |= bool(np.isfinite(band).any())
         bad = evaluation.num_nonfinite
         style = line_style(i)
         ax.plot(t, mean, label=f"{name} ({bad} not finite)" if bad else name, **style)
@@ -79,7 +81,7 @@ def plot_profile(
     ax.set_xticklabels([f"0\n{ends[0]}", "0.25", "0.5", "0.75", f"1\n{ends[1]}"])
     ax.set_xlabel("position t along the path")
     ax.set_ylabel(ylabel)
-    legend_above(ax, title="band: ±2 standard errors")
+    legend_above(ax, title="band: ±2 standard errors" if banded else None)
     return ax
 
 

@@ -118,7 +118,8 @@ def plot_random_lines(
         order = points.argsort()
         rows = np.stack([to_numpy(e.mean[order]) for e in found])
         x, style = to_numpy(points[order]), line_style(i)
-        ax.plot(x, rows.mean(axis=0), label=f"{name} ({len(rows)} directions)", **style)
+        several = f" ({len(rows)} directions)" if len(rows) > 1 else ""
+        ax.plot(x, rows.mean(axis=0), label=f"{name}{several}", **style)
         ax.fill_between(
             x, rows.min(axis=0), rows.max(axis=0), color=style["color"], alpha=0.2, linewidth=0
         )
@@ -127,7 +128,8 @@ def plot_random_lines(
     ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
-    legend_above(ax, title="line: mean, band: smallest to largest")
+    averaged = any(len(found) > 1 for found in evaluations.values())
+    legend_above(ax, title="line: mean, band: smallest to largest" if averaged else None)
     return ax
 
 

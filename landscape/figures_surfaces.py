@@ -1,12 +1,12 @@
 """Figures over a plane beside the filled one: lines, a surface in space, curvature, a run on it."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
@@ -64,9 +64,11 @@ def plot_contours(
     low, high = color_range(losses, floor, cap)
     make = np.geomspace if spacing == "log" else np.linspace
     levels = make(low, high, num_levels + 2)[1:-1]
-    # Values are [x, y]; contour wants rows of equal y.
     norm = LogNorm(low, high) if spacing == "log" else Normalize(low, high)
-    lines = ax.contour(xs, ys, losses.T, levels=levels, norm=norm, cmap="viridis", linewidths=1.2)
+    # LogNorm would blank a loss of zero, as if it were missing.
+    drawn: Any = losses.clip(min=1e-3 * low) if spacing == "log" else losses
+    # Values are [x, y]; contour wants rows of equal y.
+    lines = ax.contour(xs, ys, drawn.T, levels=levels, norm=norm, cmap="viridis", linewidths=1.2)
     ax.clabel(lines, fontsize=7, fmt=lambda value: f"{value:.2g}", inline_spacing=3)
     _note_not_finite(ax, evaluation)
     if origin is not None and xs[0] <= 0 <= xs[-1] and ys[0] <= 0 <= ys[-1]:
@@ -310,9 +312,17 @@ def _name_axes(ax: Axes, plane: Plane, equal_aspect: bool) -> None:
 
 
 def _note_not_finite(ax: Axes, evaluation: Evaluation) -> None:
-    if evaluation.num_nonfinite:
-        ax.set_facecolor(NOT_FINITE)
-        ax.plot([], [], "s", color=NOT_FINITE, label=f"not finite ({evaluation.num_nonfinite})")
+    """Grey cells around these points alone: between lines, the rest is bare axes."""
+    if not evaluation.num_nonfinite:
+        return
+    xs, ys = grid_axes(evaluation)
+    finite = np.isfinite(to_numpy(evaluation.mean))
+    # Values are [x, y]; pcolormesh wants rows of equal y.
+    cells: Any = np.ma.masked_where(finite, np.zeros(finite.shape)).T
+    ax.pcolormesh(xs, ys, cells, cmap=ListedColormap([NOT_FINITE]), shading="nearest", zorder=0)
+    ax.set_xlim(xs[0], xs[-1])
+    ax.set_ylim(ys[0], ys[-1])
+    ax.plot([], [], "s", color=NOT_FINITE, label=f"not finite ({evaluation.num_nonfinite})")
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -100,7 +100,9 @@ def plot_plane(
 
 def axis_labels(plane: Plane) -> tuple[str, str]:
     """What the axes of a plane are, with their unit."""
-    if plane.is_orthonormal:
+    if plane.unit is not None:
+        units = [plane.unit] * 2
+    elif plane.is_orthonormal:
         units = ["distance in weight space"] * 2
     else:
         units = [f"1 is a distance of {length:.3g}" for length in plane.lengths]

@@ -30,6 +30,7 @@ class Plane:
         u: Direction of the x axis, shape [d].
         v: Direction of the y axis, shape [d], not along u.
         labels: What to call the axes in a figure.
+        unit: What coordinates count, if not multiples of u and v, for a figure.
 
     Raises:
         ValueError: If an axis is zero or not finite, or u and v are parallel: the Gram matrix of
@@ -49,6 +50,7 @@ class Plane:
     u: Float[Tensor, " d"]
     v: Float[Tensor, " d"]
     labels: tuple[str, str] = ("x", "y")
+    unit: str | None = None
 
     def __post_init__(self) -> None:
         lengths = self.lengths

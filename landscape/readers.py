@@ -3,21 +3,17 @@
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
-from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 
 from hessian.tensor_files import DamagedFileError
 from landscape.paths import PolyChain
-from landscape.planes import Plane
-from landscape.records import Evaluation
+from landscape.published import PublishedLine, PublishedPlane
 
 CONNECTIVITY_NAMES = {
     f"{short}_{what}": f"{part} {name}"
@@ -30,117 +26,31 @@ CONNECTIVITY_NAMES = {
     )
 }
 """Keys of dnn-mode-connectivity, and what we call them."""
+HDF5 = b"\x89HDF\r\n\x1a\n"
+"""How such a file begins."""
 MISSING = -1.0
 """What loss-landscape writes where nothing has been computed yet."""
-LINE_POINTS = 1001
 
 
-@dataclass(frozen=True)
-class LineMaximum:
-    """The largest value on the straight line between two models, read off a plane."""
+def read_published_landscape(path: str | os.PathLike[str]) -> PublishedPlane | PublishedLine:
+    """Return what a file of another tool holds, known by what is in it.
 
-    name: str
-    value: float
-    t: float
-    """Where on the line, from 0 to 1."""
-    ends: tuple[float, float]
-    """Values at both models."""
+    Args:
+        path: ``plane.npz`` or ``curve.npz`` of dnn-mode-connectivity, whatever they are called, or
+            a surface or line of loss-landscape, ending in ``.h5``. Nothing in it is unpickled.
 
-    @property
-    def barrier(self) -> float:
-        """The largest value over the mean of both ends."""
-        return self.value - sum(self.ends) / 2
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: at most {self.value:.4g} on the straight line, at t = {self.t:.2f}; "
-            f"{self.ends[0]:.4g} and {self.ends[1]:.4g} at its ends, "
-            f"{self.barrier:.4g} above their mean"
-        )
-
-
-@dataclass(frozen=True)
-class PublishedPlane:
-    """Values over a plane from a file, without the weights.
-
-    Pass ``evaluation(name)``, ``plane``, ``points`` and ``curve`` to `plot_plane`: the plane stands
-    for itself, and a point of it is its two coordinates.
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DamagedFileError: If it is none of these, or cut short.
+        ModuleNotFoundError: If h5py is needed, and not installed.
     """
-
-    grid: Float64[Tensor, "nx ny 2"]
-    """Coordinates of entry [i, j]."""
-    values: Mapping[str, Float64[Tensor, "nx ny"]]
-    """What was measured, by name; NaN where it is missing."""
-    points: Mapping[str, Float64[Tensor, "2"]]
-    """Coordinates of the models, by name: start, bends, end; empty if the file has none."""
-    curve: PolyChain | None
-    """The trained curve in the plane, through the points that the file holds."""
-
-    @property
-    def plane(self) -> Plane:
-        """The plane of the coordinates themselves."""
-        e = torch.eye(2, dtype=torch.float64)
-        return Plane(torch.zeros(2, dtype=torch.float64), e[0], e[1])
-
-    def evaluation(self, name: str) -> Evaluation:
-        """Return one measure as our figures take it; the file has no standard errors.
-
-        Raises:
-            ValueError: If there is no such measure; the message lists what there is.
-        """
-        _require_name(name, self.values)
-        return _without_errors(self.grid, self.values[name])
-
-    def line_maximum(self, name: str) -> LineMaximum:
-        """Return the largest value on the straight line from start to end.
-
-        Interpolates linearly between grid points, in logarithms where all values are positive: a
-        peak between them is missed, and the ends are as good as the grid around them. NaN if the
-        line passes a cell with a missing value.
-
-        Raises:
-            ValueError: If there is no such measure, or the file does not say where the models are.
-        """
-        _require_name(name, self.values)
-        if len(self.points) < 2:
-            raise ValueError("The file must say where two models are, and does not.")
-        values = self.values[name].numpy()
-        positive = bool((values[np.isfinite(values)] > 0).all())
-        field = RegularGridInterpolator(
-            (self.grid[:, 0, 0].numpy(), self.grid[0, :, 1].numpy()),
-            np.log(values) if positive else values,
-            bounds_error=False,
-            fill_value=np.nan,
-        )
-        start, *_, end = (point.numpy() for point in self.points.values())
-        ts = np.linspace(0, 1, LINE_POINTS)
-        found = field(start + ts[:, None] * (end - start))
-        found = np.exp(found) if positive else found
-        if not np.isfinite(found).all():
-            return LineMaximum(name, np.nan, np.nan, (float(found[0]), float(found[-1])))
-        k = int(found.argmax())
-        return LineMaximum(name, float(found[k]), float(ts[k]), (float(found[0]), float(found[-1])))
-
-
-@dataclass(frozen=True)
-class PublishedLine:
-    """Values along a path from a file."""
-
-    ts: Float64[Tensor, " m"]
-    """Positions: t on a curve, or multiples of a direction."""
-    values: Mapping[str, Float64[Tensor, " m"]]
-    """What was measured, by name; NaN where it is missing."""
-    length: float
-    """Length of the curve in weight space, NaN if the file does not say."""
-
-    def evaluation(self, name: str) -> Evaluation:
-        """Return one measure as our figures take it; the file has no standard errors.
-
-        Raises:
-            ValueError: If there is no such measure; the message lists what there is.
-        """
-        _require_name(name, self.values)
-        return _without_errors(self.ts, self.values[name])
+    with Path(path).open("rb") as file:
+        begins = file.read(8)
+    if begins == HDF5:
+        return read_loss_landscape(path)
+    if "grid" in _load_npz(path, ()):
+        return read_connectivity_plane(path)
+    return read_connectivity_curve(path)
 
 
 def read_connectivity_plane(path: str | os.PathLike[str]) -> PublishedPlane:
@@ -238,7 +148,7 @@ def read_loss_landscape(path: str | os.PathLike[str]) -> PublishedPlane | Publis
     if not found:
         raise DamagedFileError(f"{path} must hold values for its coordinates, and has none.")
     if ys is None:
-        return PublishedLine(xs, found, float("nan"))
+        return PublishedLine(xs, found, float("nan"), between_models=False)
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="ij"), dim=-1)
     by_x = {name: v.reshape(len(ys), len(xs)).T.contiguous() for name, v in found.items()}
     return PublishedPlane(grid, by_x, {}, None)
@@ -273,16 +183,6 @@ def _measures(
     if not found:
         raise DamagedFileError(f"{path} must hold values of shape {list(shape)}, and has none.")
     return found
-
-
-def _without_errors(points: Tensor, values: Tensor) -> Evaluation:
-    one = torch.ones_like(values)
-    return Evaluation(points, one, values, values.square())
-
-
-def _require_name(name: str, values: Mapping[str, Tensor]) -> None:
-    if name not in values:
-        raise ValueError(f'`name` must be one of {", ".join(values)}, got "{name}".')
 
 
 def _tensor(array: Any) -> Tensor:

@@ -13,7 +13,7 @@ from flatvalley.report import Picture
 from flatvalley.run import Run, write_atomically
 from flatvalley.studies.landscape_networks import Networks
 from flatvalley.studies.verify_figures import FigureText
-from landscape import Path, Plane, Sweep, plot_plane, save_figure
+from landscape import Evaluation, Path, Plane, Sweep, plot_plane, save_figure
 from landscape.figures_surfaces import plot_surface
 from landscape.interactive import surface_html
 from landscape.paraview import write_paraview
@@ -73,7 +73,7 @@ def draw_planes(
             plane,
             marks,
             curve=curve,
-            equal_aspect=_is_square(values, plane),
+            equal_aspect=is_square(values.points, plane),
             label=label,
         )
         save_figure(figure_of(ax), folder / name, provenance)
@@ -88,16 +88,28 @@ def draw_planes(
 def write_surfaces(
     run: Run, values: Sweep, plane: Plane, title: str, provenance: Mapping[str, str]
 ) -> list[str]:
-    """Write the surface to turn by hand, and the one for ParaView; return what to say of them."""
+    """Write the train loss to turn by hand, and for ParaView; return what to say of the files."""
     train = values["train", "loss"]
-    write_paraview(train, run.path / "surface.vts", provenance=provenance)
-    files = ["surface.vts: the train loss for ParaView"]
+    return write_surface_files(run, train, plane, "train loss", title, provenance)
+
+
+def write_surface_files(
+    run: Run,
+    evaluation: Evaluation,
+    plane: Plane,
+    label: str,
+    title: str,
+    provenance: Mapping[str, str],
+) -> list[str]:
+    """Write one surface to turn by hand, and for ParaView; return what to say of the files."""
+    write_paraview(evaluation, run.path / "surface.vts", provenance=provenance)
+    files = [f"surface.vts: the {label} for ParaView"]
     try:
-        page = surface_html(train, plane, label="train loss", title=title, provenance=provenance)
+        page = surface_html(evaluation, plane, label=label, title=title, provenance=provenance)
     except ModuleNotFoundError as error:
         return [*files, f"surface.html: not written. {error}"]
     write_atomically(run.path / "surface.html", page.encode())
-    return [*files, "surface.html: the train loss to turn and point at, in any browser"]
+    return [*files, f"surface.html: the {label} to turn and point at, in any browser"]
 
 
 def pictures(run: Run, figures: Sequence[FigureText]) -> list[Picture]:
@@ -129,9 +141,8 @@ def provenance_rows(
     ]
 
 
-def _is_square(values: Sweep, plane: Plane) -> bool:
-    """Whether both axes have one unit, and the picture would not be a strip."""
-    points = values.points
+def is_square(points: Tensor, plane: Plane) -> bool:
+    """Return whether both axes of a grid have one unit, and the picture would not be a strip."""
     width = float(points[-1, 0, 0] - points[0, 0, 0]) * plane.lengths[0]
     height = float(points[0, -1, 1] - points[0, 0, 1]) * plane.lengths[1]
     return math.isclose(*plane.lengths, rel_tol=0.05) and 0.4 < height / width < 2.5

@@ -76,6 +76,14 @@ def test_points_without_a_loss_are_kept_as_nan_and_counted(formula_objective):
     assert found.num_nonfinite == 2
 
 
+def test_an_infinite_loss_is_nan_and_not_infinite(formula_objective):
+    """So that no file, table or mean takes it for a number."""
+    objective = formula_objective(lambda w, x: 1 / w.abs() + x[:, 0], [1.0])
+    found = evaluate(objective, Line(-torch.ones(1).double(), torch.ones(1).double()), [0.0, 0.5])
+    assert found.total.tolist()[0] == 1 and torch.isnan(found.total[1])
+    assert torch.isnan(found.total_squares[1]) and found.count.tolist() == [1, 1]
+
+
 def test_infinite_weights_are_a_point_without_a_loss(formula_objective, samples):
     objective = formula_objective(quadratic, torch.zeros(3), samples)
     found = evaluate(objective, lambda t: torch.full((3,), 1.0 / (1 - t)).double(), [0.0, 0.999])

@@ -123,6 +123,17 @@ def test_eigen_ratio_is_absolute_and_capped():
         plot_eigen_ratio(largest, smallest, ORTHONORMAL, cap=0.0)
 
 
+def test_a_loss_of_zero_has_its_lines():
+    """Two cells of zero are not missing: the lowest line runs around them."""
+
+    def cut_off(x, y):
+        return (steep_in_y(x, y) - steep_in_y(x, y).min() - 1e-3).clamp(min=0)
+
+    ax = plot_contours(on_grid(cut_off), ORTHONORMAL)
+    assert "not finite" not in " ".join(t.get_text() for t in ax.get_legend().get_texts())
+    assert len(ax.collections[0].get_paths()[0].vertices) > 2
+
+
 def test_missing_values_stay_missing_and_are_counted():
     def broken(x, y):
         return torch.where(x > 2, torch.nan, steep_in_y(x, y))
@@ -131,6 +142,9 @@ def test_missing_values_stay_missing_and_are_counted():
         ax = draw(on_grid(broken), ORTHONORMAL)
         if draw is plot_contours:
             assert "not finite (3)" in [t.get_text() for t in ax.get_legend().get_texts()]
+            # Only their own cells are grey, not all that is between lines.
+            cells = ax.collections[-1].get_array()
+            assert cells.count() == 3 and cells.T[-1].count() == 3
     ax = plot_eigen_ratio(on_grid(broken), on_grid(steep_in_y), ORTHONORMAL)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["not finite (3)"]
 

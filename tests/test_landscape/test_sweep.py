@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from multiprocessing import parent_process
 
 import pytest
 import torch
@@ -228,6 +230,38 @@ def test_worker_processes_give_the_same_bits(tmp_path, problem):
     assert torch.equal(alone.total, spread.total)
     assert torch.equal(alone.total_squares, spread.total_squares)
     assert len(list(tmp_path.glob("points-*"))) == 3
+
+
+class FailsElsewhere(nn.Module):
+    """Cross entropy; in a worker process something else happens where the output is large."""
+
+    def __init__(self, dies):
+        super().__init__()
+        self.dies = dies
+
+    def forward(self, output, target):
+        if parent_process() is not None and float(output.abs().max()) > 5:
+            if self.dies:
+                os._exit(9)
+            raise ZeroDivisionError("planned")
+        return nn.functional.cross_entropy(output, target, reduction="none")
+
+
+def test_an_error_in_a_worker_process_is_raised_here(problem):
+    _, plane = problem
+    objective = Objective(network(), FailsElsewhere(dies=False), (X, Y))
+    assert float(objective.output(plane(POINTS[3, 4]), (X, Y)).abs().max()) > 5
+    with pytest.raises(ZeroDivisionError, match="planned"):
+        evaluate(objective, plane, POINTS, workers=2)
+
+
+def test_a_worker_process_that_dies_is_named_and_its_folder_goes_on(tmp_path, problem):
+    _, plane = problem
+    objective = Objective(network(), FailsElsewhere(dies=True), (X, Y))
+    with pytest.raises(RuntimeError, match=r"A worker process died .* run the same call again"):
+        evaluate(objective, plane, POINTS, workers=2, folder=tmp_path)
+    found = evaluate(objective, plane, POINTS, folder=tmp_path)
+    assert torch.equal(found.total, evaluate(objective, plane, POINTS).total)
 
 
 def test_what_cannot_be_sent_to_a_process_is_named(problem):
