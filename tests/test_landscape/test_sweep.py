@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from itertools import pairwise
 from multiprocessing import parent_process
 
 import pytest
@@ -226,10 +227,22 @@ def test_a_folder_of_another_surface_is_refused_and_the_difference_named(tmp_pat
 def test_worker_processes_give_the_same_bits(tmp_path, problem):
     objective, plane = problem
     alone = evaluate(objective, plane, POINTS)
-    spread = evaluate(objective, plane, POINTS, workers=2, folder=tmp_path)
+    steps = []
+    options = {"workers": 2, "folder": tmp_path, "progress": lambda *step: steps.append(step)}
+    spread = evaluate(objective, plane, POINTS, **options)
     assert torch.equal(alone.total, spread.total)
     assert torch.equal(alone.total_squares, spread.total_squares)
-    assert len(list(tmp_path.glob("points-*"))) == 3
+    # By files of 8, 8 and 4 points, in whatever order.
+    done = [0, *(done for done, _ in steps)]
+    assert sorted(b - a for a, b in pairwise(done)) == [4, 8, 8] and steps[-1] == (20, 20)
+    # Going on, they measure nothing that is there.
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("points-*")}
+    lost = tmp_path / "points-000001.safetensors"
+    assert len(written) == 3
+    lost.unlink()
+    again = evaluate(objective, plane, POINTS, **options)
+    assert torch.equal(again.total, alone.total)
+    assert {path for path, time in written.items() if path.stat().st_mtime_ns != time} == {lost}
 
 
 class FailsElsewhere(nn.Module):
