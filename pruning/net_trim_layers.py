@@ -62,7 +62,7 @@ def trim_network(
     _require_one_process(objective, options, workers, group)
     ranks = Ranks(group, objective.device)
     with ranks.in_step():
-        found = survey(objective, w, options.exclude)
+        found = survey(objective, w, options.exclude, options.mode)
         shares = options.shares(found.layers)
         kept = None if checkpoint is None else KeptLayers(checkpoint, objective, w, options)
     _warn_of_few(found.layers, stacklevel + 1)
@@ -116,7 +116,13 @@ def trim_network(
 
 def _trimmed(layer: FoundLayer, solved: SolvedLayer) -> TrimmedLayer:
     return TrimmedLayer(
-        layer.weight, layer.bias, layer.kind, layer.reason, solved.trims, solved.drift
+        layer.weight,
+        layer.bias,
+        layer.kind,
+        layer.reason,
+        layer.between,
+        solved.trims,
+        solved.drift,
     )
 
 

@@ -58,10 +58,13 @@ def net_trim(
     ============== ================================================================================
 
     A layer counts as one with a ReLU after it where all that comes out of it is seen to go through
-    a ReLU, directly or after max pooling, a view or dropout that is off. All others count as
-    linear, which asks for more, and is safe: so do those before batch norm or a sum with a residual
-    connection. The result says why. Linear layers, convolutions and the projections inside
-    ``nn.MultiheadAttention`` take part, whichever module calls them.
+    a ReLU, directly or after max pooling, a view or dropout that is off. Batch norm right after the
+    layer, and a residual connection or anything else that is then added, are known: outputs Y and ε
+    are those of the ReLU, and what is added is taken from the same pass as the inputs. All other
+    layers count as linear, which asks for more, and is safe; so do all but the largest of those
+    that are added to each other in parallel. The result says why. Linear layers, convolutions and
+    the projections inside ``nn.MultiheadAttention`` take part, whichever module calls them. Only
+    their weights change, batch norms stay.
 
     **The bound.** Of a network that is a chain of layers and of functions that bring no two inputs
     farther apart (ReLU, tanh, sigmoid, max pooling of disjoint windows, views): in parallel

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,19 @@ from torch import Tensor
 
 from hessian import Objective
 from pruning.layer_calls import LayerCall, LayerCalls
+from pruning.layer_tails import Tail, Tails
 from pruning.layer_trim import RESOLUTION, LayerTrim
 from pruning.net_trim_program import Ball, LayerProgram
 from pruning.net_trim_survey import FoundLayer
 from pruning.net_trim_targets import outputs
+
+SMALLEST_SCALE = 0.1
+"""Scales of a batch norm below this share of the median count as much in the penalty: so little
+comes out of these channels that their weights go in any case, and zero has no inverse. Penalties
+that are farther apart make the iteration slow."""
+
+OFF = 1e-3
+"""Channels with scales below this share of the largest one are not in that median."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,10 @@ class GroupProblem:
     drift: float | None
     """The discrepancy of the dense weights themselves; None where inputs are those of the dense
     network."""
+    scale: Float[Tensor, " m"] | None = None
+    """By which the rows of the program's weights are multiples of the layer's own."""
+    dtype: torch.dtype = torch.float64
+    """Of the layer's own weights, where they are scaled."""
 
     def epsilon(self, share: float, gamma: float) -> float:
         """Return ε: a share of ‖Y‖_F on dense inputs, and √γ times the drift on others."""
@@ -34,7 +48,11 @@ class GroupProblem:
 
     def solve(self, epsilon: float, **options: Any) -> LayerTrim:
         """Return the sparse weights for one ε, with options of ``LayerProgram.solve``."""
-        return self.program.solve(epsilon, **options)
+        trim = self.program.solve(epsilon, **options)
+        if self.scale is None:
+            return trim
+        own = (trim.weights / self.scale[:, None]).masked_fill_(self.scale[:, None] == 0, 0.0)
+        return replace(trim, weights=own.to(self.dtype))
 
 
 @torch.no_grad()
@@ -67,19 +85,20 @@ def group_problems(
     penalty = torch.ones(W.shape[1], dtype=torch.float64, device=W.device)
     if layer.bias is not None and not penalise_bias:
         penalty[-1] = 0.0
-    options = {**options, "penalty": penalty}
     S = None
     if layer.fixed_bias is not None:
         S = {**objective.constants(), **parts}[layer.fixed_bias].to(W)
     if layer.kind == "linear" and layer.num_rows > layer.num_inputs:
-        options.pop("chunk", None)
-        return _by_moments(objective, layer, W, S, dense, now, options)
-    dense_rows = _rows(objective, layer, dense)
-    now_rows = dense_rows if now is None else _rows(objective, layer, now)
-    biases = [None] * layer.groups if S is None else list(S.chunk(layer.groups))
+        rest = {key: value for key, value in options.items() if key != "chunk"}
+        return _by_moments(objective, layer, W, S, dense, now, {**rest, "penalty": penalty})
+    before = _given(objective, layer, dense)
+    after = before if now is None else _given(objective, layer, now)
+    folded, weighted = _folded(W, penalty, before.scale)
     found = []
-    for X, given, U, s in zip(dense_rows, now_rows, W.chunk(layer.groups), biases, strict=True):
-        Y = outputs(U, X, layer.kind, s)
+    for i, rows in enumerate(torch.arange(len(W), device=W.device).chunk(layer.groups)):
+        U, given = folded[rows], after.X[i]
+        Y = outputs(U, before.X[i], layer.kind, before.offset(S, rows))
+        s = after.offset(S, rows)
         norm, bound, drift = _norm(Y), None, None
         if now is not None:
             Z = outputs(U, given, "linear", s)
@@ -91,10 +110,49 @@ def group_problems(
                 # Outputs above zero count by their bound here, which W meets, not in the ball.
                 bound, drift = Z, _norm(off * (Y > 0))
         program = LayerProgram(
-            U, given, Y, kind=layer.kind, bound=bound, offset=s, ball=ball, **options
+            U,
+            given,
+            Y,
+            kind=layer.kind,
+            bound=bound,
+            offset=s,
+            penalty=weighted[rows],
+            ball=ball,
+            **options,
         )
-        found.append(GroupProblem(program, norm, drift))
+        scale = None if before.scale is None else before.scale[rows]
+        found.append(GroupProblem(program, norm, drift, scale, W.dtype))
     return found
+
+
+@dataclass(frozen=True)
+class _Given:
+    """All that a layer multiplies its weights by, and what happens before the ReLU."""
+
+    X: Float[Tensor, "groups p n"]
+    scale: Float[Tensor, " m"] | None = None
+    shift: Float[Tensor, " m"] | None = None
+    added: Float[Tensor, "p m"] | None = None
+
+    def offset(self, bias: Tensor | None, rows: Tensor) -> Tensor | None:
+        """Return what is added to products with folded weights: s b + t + r, or None for 0."""
+        total = None if bias is None else bias[rows].double()
+        if self.scale is not None and self.shift is not None:
+            total = self.shift[rows] + (0.0 if total is None else self.scale[rows] * total)
+        if self.added is not None:
+            part = self.added[:, rows]
+            total = part if total is None else part + total
+        return None if total is None else total.to(self.X.dtype)
+
+
+def _folded(W: Tensor, penalty: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return s W and λ / |s|, so that the penalty is that of W."""
+    if scale is None:
+        return W, penalty.expand(W.shape)
+    size = scale.abs()
+    on = size[size > OFF * size.max()]
+    size = size.clamp(min=SMALLEST_SCALE * float(on.median()) if len(on) else 1.0)
+    return scale[:, None] * W, penalty / size[:, None]
 
 
 def _changed(drift: float, norm: float) -> float | None:
@@ -141,27 +199,47 @@ def _by_moments(
     return found
 
 
-def _rows(objective: Objective, layer: FoundLayer, w: Tensor) -> Float[Tensor, "groups p n"]:
-    """Return all that a layer multiplies its weights by."""
-    return torch.cat(
-        [
-            part.to(torch.promote_types(part.dtype, torch.float32))
-            for batch in objective.batches()
-            for part in _inputs(objective, layer, w, batch)
-        ],
-        dim=1,
-    )
+def _given(objective: Objective, layer: FoundLayer, w: Tensor) -> _Given:
+    """Return all that a layer multiplies its weights by, and what is known of what follows."""
+    one = None if layer.bias is None else 1.0
+    inputs: list[Tensor] = []
+    tails: list[Tail] = []
+    added: list[Tensor] = []
+    for batch in objective.batches():
+        follow = Tails(layer.weight) if layer.between else None
+        for call in _calls(objective, layer, w, batch, follow):
+            inputs += [p.to(torch.promote_types(p.dtype, torch.float32)) for p in call.parts(one)]
+        if follow is not None:
+            tails = follow.tails[layer.weight]
+            added += [tail.added_rows() for tail in tails if "sum" in layer.between]
+    X = torch.cat(inputs, dim=1)
+    if not tails:
+        return _Given(X)
+    return _Given(X, tails[0].scale, tails[0].shift, torch.cat(added).to(X) if added else None)
 
 
 def _inputs(objective: Objective, layer: FoundLayer, w: Tensor, batch: Any) -> Iterator[Tensor]:
     """Yield what a layer multiplies its weights by in a batch, [groups, rows, inputs]."""
-    calls: list[LayerCall] = []
-    parts = objective.unflatten(w)
-    with LayerCalls({layer.weight: parts[layer.weight]}, calls.append):
-        objective.output(w, batch)
     one = None if layer.bias is None else 1.0
-    for call in calls:
+    for call in _calls(objective, layer, w, batch):
         yield from call.parts(one)
+
+
+def _calls(
+    objective: Objective, layer: FoundLayer, w: Tensor, batch: Any, follow: Tails | None = None
+) -> list[LayerCall]:
+    """Return the calls of a layer in a batch; what follows them is seen as well."""
+    calls: list[LayerCall] = []
+
+    def hear(call: LayerCall) -> None:
+        calls.append(call)
+        if follow is not None:
+            follow.hear(call)
+
+    parts = objective.unflatten(w)
+    with LayerCalls({layer.weight: parts[layer.weight]}, hear), follow or nullcontext():
+        objective.output(w, batch)
+    return calls
 
 
 def _norm(values: Tensor) -> float:

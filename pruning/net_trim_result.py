@@ -3,17 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hessian.flat_weights import FlatWeights
 from pruning.layer_trim import LayerTrim
+from pruning.net_trim_survey import Between
 from pruning.net_trim_targets import Kind
+from pruning.net_trim_targets import Mode as Mode
 from pruning.pruned import Pruned
-
-Mode: TypeAlias = Literal["parallel", "cascade"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class TrimmedLayer:
     kind: Kind
     reason: str
     """Why it was taken for a layer without a ReLU after it; empty where it was not."""
+    between: tuple[Between, ...]
+    """What is between the layer and its ReLU: its outputs are those after it."""
     trims: tuple[LayerTrim, ...]
     """One for each group of outputs, in order; a bias is the last column of their weights."""
     drift: float

@@ -1,8 +1,9 @@
 """The layers of a network that Net-Trim can prune, what follows each, and why others cannot."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,10 @@ from hessian import Objective
 from pruning.layer_calls import LayerCall, LayerCalls
 from pruning.layer_flow import Flow, Link
 from pruning.layer_rows import LayerRows
-from pruning.net_trim_targets import Kind
+from pruning.layer_tails import Tail
+from pruning.net_trim_targets import Kind, Mode
+
+Between: TypeAlias = Literal["batch norm", "sum"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class FoundLayer(LayerRows):
     kind: Kind
     reason: str
     """Why it does not count as one with a ReLU after it; empty where it does."""
+    between: tuple[Between, ...]
+    """What is between it and its ReLU, and is known."""
     groups: int
     num_rows: int
     """Samples times positions."""
@@ -50,6 +56,7 @@ class _Calls:
     def __init__(self) -> None:
         self.biases: set[str | None] = set()
         self.groups, self.rows, self.inputs, self.is_table = 1, 0, 0, False
+        self.tails: list[Tail] = []
 
     def add(self, call: LayerCall) -> None:
         self.biases.add(call.bias)
@@ -60,15 +67,36 @@ class _Calls:
                 self.groups, rows, self.inputs = part.shape
                 self.rows += rows
 
+    @property
+    def between(self) -> tuple[Between, ...]:
+        found: list[Between] = [] if self.tails[0].scale is None else ["batch norm"]
+        return (*found, "sum") if any(tail.is_sum for tail in self.tails) else tuple(found)
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether the same is made of the outputs of all calls before something is added."""
+        first = self.tails[0]
+        return all(
+            _equal(tail.scale, first.scale) and _equal(tail.shift, first.shift)
+            for tail in self.tails
+        )
+
 
 @torch.no_grad()
-def survey(objective: Objective, w: Float[Tensor, " d"], exclude: Sequence[str]) -> Survey:
+def survey(
+    objective: Objective,
+    w: Float[Tensor, " d"],
+    exclude: Sequence[str],
+    mode: Mode = "parallel",
+) -> Survey:
     """Return the layers of a network, by one pass without gradients.
 
     Args:
         objective: Model and calibration inputs.
         w: Weights, shape [d].
         exclude: Glob patterns of parameters that stay as they are.
+        mode: Of pruning: of layers that are added to each other, one counts as having a ReLU after
+            it in parallel.
 
     Raises:
         ValueError: If a pattern matches no parameter, or no layer is left.
@@ -78,6 +106,7 @@ def survey(objective: Objective, w: Float[Tensor, " d"], exclude: Sequence[str])
     heard: dict[str, _Calls] = {}
     not_relu: dict[str, str] = {}
     chains: list[tuple[Link, ...] | None] = []
+    sums: set[frozenset[str]] = set()
     for batch in objective.batches():
         flow = Flow(list(batch.values()) if isinstance(batch, Mapping) else batch[:-1])
 
@@ -90,6 +119,10 @@ def survey(objective: Objective, w: Float[Tensor, " d"], exclude: Sequence[str])
         flow.end(out)
         not_relu = flow.not_relu | not_relu
         chains.append(None if flow.chain is None else tuple(flow.chain))
+        sums |= flow.sums
+        for name, tails in flow.tails.items():
+            # What is added was not kept; the outputs need not be either.
+            heard[name].tails += [replace(t, call=t.call._replace(out=None)) for t in tails]
     layers, skipped = [], {}
     for name, calls in heard.items():
         why = _why_not(name, calls, objective, exclude)
@@ -98,6 +131,8 @@ def survey(objective: Objective, w: Float[Tensor, " d"], exclude: Sequence[str])
         else:
             layers.append(_layer(name, calls, not_relu.get(name, ""), objective, exclude))
     skipped |= _not_heard(objective.model, set(heard))
+    if mode == "parallel":
+        layers = _one_of_each_sum(layers, sums, objective)
     if not layers:
         listed = "; ".join(f"`{name}`: {why}" for name, why in skipped.items())
         raise ValueError(
@@ -117,16 +152,47 @@ def _layer(
 ) -> FoundLayer:
     (bias,) = calls.biases
     fixed = bias is not None and (bias not in objective.shapes or _fits(bias, exclude))
+    if not (reason or calls.are_alike):
+        reason = "its calls have different batch norms after them"
     return FoundLayer(
         name,
         None if fixed else bias,
         bias if fixed else None,
         "linear" if reason else "relu",
         reason,
+        () if reason else calls.between,
         calls.groups,
         calls.rows,
         calls.inputs + (bias is not None and not fixed),
     )
+
+
+def _one_of_each_sum(
+    layers: Sequence[FoundLayer], sums: set[frozenset[str]], objective: Objective
+) -> list[FoundLayer]:
+    """Return layers of which no two are added to each other and count as having a ReLU.
+
+    What is silent may come nearer to zero. If both terms did, each by all that the other leaves,
+    their sum could be positive by as much. The largest one counts, of equal ones the last.
+    """
+    order = sorted(
+        range(len(layers)), key=lambda i: (objective.shapes[layers[i].weight].numel(), i)
+    )
+    found = list(layers)
+    count: set[str] = set()
+    for i in reversed(order):
+        layer = layers[i]
+        others = [name for name in count if frozenset((name, layer.weight)) in sums]
+        if layer.kind == "relu" and others:
+            reason = f"it is added to what comes out of `{min(others)}`, which is larger"
+            found[i] = replace(layer, kind="linear", reason=reason, between=())
+        elif layer.kind == "relu":
+            count.add(layer.weight)
+    return found
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _why_not(name: str, calls: _Calls, objective: Objective, exclude: Sequence[str]) -> str:

@@ -14,6 +14,8 @@ from hessian.finiteness import all_finite
 
 Kind: TypeAlias = Literal["relu", "linear"]
 
+Mode: TypeAlias = Literal["parallel", "cascade"]
+
 CHUNK_ENTRIES = 1 << 22
 """Entries of inputs or outputs in float64 that are held at a time, by default: 32 MiB."""
 

@@ -313,14 +313,6 @@ def test_projections_of_attention_are_linear():
     ]
 
 
-def test_a_convolution_before_batch_norm_is_linear():
-    build = lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU())  # noqa: E731
-    trim = net_trim(seeded(build).eval(), normal(8, 1, 6, 6), epsilon=0.1)
-    assert trim.layers[0].kind == "linear"
-    assert trim.layers[0].reason == "it goes into `batch_norm`"
-    assert trim.bound is None
-
-
 CHAINS = {
     "convolutions": lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2, padding=1),
