@@ -395,14 +395,15 @@ def draw() -> None:
     """Draw wrong answers against density, before and after fine-tuning."""
     mpl.use("Agg")
     names = [name for name in DRAWN if known(name)]
-    figure = Figure(figsize=(10.0, 3.9 * len(names)))
-    figure.subplots_adjust(left=0.07, right=0.84, top=0.95, bottom=0.08, wspace=0.6, hspace=0.3)
+    figure = Figure(figsize=(11.0, 3.9 * len(names)))
+    figure.subplots_adjust(left=0.07, right=0.87, top=0.95, bottom=0.08, wspace=0.65, hspace=0.32)
     grid = figure.subplots(len(names), 2, squeeze=False)
     for name, axes in zip(names, grid, strict=True):
         for ax, key in zip(axes, ("accuracy", "tuned"), strict=True):
             _panel(ax, known(name), key)
             words = "not trained again" if key == "accuracy" else "after short fine-tuning"
-            ax.set_title(f"{NETWORKS[name].training.model}, {words}", fontsize=10, loc="left")
+            title = {"lenet-300-100": "LeNet-300-100", "lenet-5": "LeNet-5"}[name]
+            ax.set_title(f"{title}, {words}", fontsize=10, loc="left")
     figure.savefig(FIGURE, dpi=150, metadata={"Software": None})
 
 
@@ -424,12 +425,13 @@ def _panel(ax: Any, found: Mapping[int, Mapping[str, list[Point]]], key: str) ->
         ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         labels.append(EndLabel(row, x[-1], y[-1], color))
         densities |= set(x)
-    ax.invert_xaxis()
-    ticks = [t for t in (0.5, 0.4, 0.3, 0.2, 0.1, 0.05) if min(densities) <= t * 1.1]
+    high, low = 1.08 * max(densities), min(densities) / 1.08
+    ax.set_xlim(high, low)
+    ticks = [t for t in (0.4, 0.3, 0.2, 0.1, 0.05) if low <= t <= high]
     ax.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
     low, high = ax.get_ylim()
-    ticks = [t for t in (1, 1.5, 2, 3, 5, 10, 20, 50, 90) if low <= t <= high]
+    ticks = [t for t in (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 90.0) if low <= t <= high]
     ax.set_yticks(ticks, [f"{t:g} %" for t in ticks])
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("weights that are left")

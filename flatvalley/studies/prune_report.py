@@ -197,19 +197,19 @@ def _trim_table(findings: PruneFindings, trim: SparsityTrim) -> Table:
     found = trim.trim
     size = found.output_norm
     bound = (
-        "They prove no bound of it, as the network is no chain of layers."
+        "the layers prove no bound of that, as the network is no chain"
         if found.bound is None
-        else f"They prove that it is at most {number(found.bound)}."
+        else f"the layers' discrepancies prove that it is at most {number(found.bound)}"
     )
     return Table(
         "What Net-Trim measured on every layer",
-        f"On the calibration samples, for {found.mode} layers and {trim.epsilon:.3g} of the norm "
-        "of every layer's outputs. ε bounds the discrepancy; violation: by how much an output that "
-        "was silent is above its bound, as a share of the layer's scale; after: the discrepancy "
-        f"after the ReLU. The network's outputs are off by {number(found.discrepancy)}, "
-        f"{percent(found.discrepancy / size if size else 0.0)} of their norm. {bound} After the "
-        f"cut of the {trim.num_cut:,} smallest weights to the share of zeros that was wanted they "
-        f"are off by {number(trim.discrepancy)}.",
+        f"On the calibration samples; mode {found.mode}, ε = {trim.epsilon:.3g} of the norm of a "
+        "layer's outputs where its inputs are the dense ones. ε bounds the discrepancy; violation: "
+        "by how much an output that was silent is above its bound, as a share of the layer's "
+        "scale; after: the discrepancy after the ReLU. The network's outputs are off by "
+        f"{number(found.discrepancy)}, {percent(found.discrepancy / size if size else 0.0)} of "
+        f"their norm; {bound}. After a cut of the {trim.num_cut:,} smallest weights, to the share "
+        f"of zeros that was wanted, they are off by {number(trim.discrepancy)}.",
         ["layer", "kind", "ε", "discrepancy", "violation", "after", "left", "iterations", "solved"],
         [
             TableRow(

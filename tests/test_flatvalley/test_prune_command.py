@@ -459,7 +459,7 @@ def test_more_zeros_than_wanted_are_told(dense):
 def test_what_net_trim_measured_is_in_tables_and_report(folder, trained):
     out = folder / "trimmed"
     status, printed, errors = flatvalley(
-        "prune", trained, "--method=net-trim:within=0.05", "--sparsity=0.6", f"--out={out}"
+        "prune", trained, "--method=net-trim:max_tries=1", "--sparsity=0.6", f"--out={out}"
     )
     assert status == 0, errors
     record = json.loads((out / "run.json").read_text())
@@ -491,10 +491,10 @@ def test_what_net_trim_measured_is_in_tables_and_report(folder, trained):
     with torch.no_grad():
         off = float((cut(x) - dense.model(x)).norm())
     assert evidence["discrepancy_after_cut"] == pytest.approx(off, rel=1e-4)
-    assert evidence["weights_cut"] == math.ceil(0.6 * SIZE) - int((~trim.mask).sum())
+    assert evidence["weights_cut"] == math.ceil(0.6 * SIZE) - int((~trim.mask).sum()) > 0
     html = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
     assert "What Net-Trim measured on every layer" in html
-    assert "They prove no bound of it" in html
+    assert "the layers prove no bound of that" in html
     assert "Iterations of the layers' programs" in html.replace("&#x27;", "'").replace("&#39;", "'")
     networks = {row["network"]: row for row in rows(out / "tables" / "networks.csv")}
     iterations = int(networks["pruned"]["iterations"])
