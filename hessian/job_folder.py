@@ -40,8 +40,8 @@ class JobFolder:
         if not self._head.exists():
             return
         try:
-            text = json.loads(self._head.read_text())
-            found, notes = dict(text["identity"]), dict(text["notes"])
+            notes = dict(json.loads(self._head.read_text()))
+            found = dict(notes.pop("identity"))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{must} {self._head} is damaged ({error}). Remove the folder."
@@ -50,15 +50,15 @@ class JobFolder:
         other = [key for key in keys if found.get(key) != self._identity.get(key)]
         if other:
             raise ValueError(
-                f"{must} {path} was written with other {', '.join(other)}. Choose another folder, "
-                "or remove that one."
+                f"{must} those in {path} have other {', '.join(other)}. Choose another folder, or "
+                "remove that one."
             )
         self.notes = notes
 
     def begin(self, **notes: Any) -> None:
         """Write the head of a new folder, with notes for those who go on."""
         if self.notes is None:
-            text = json.dumps({"identity": self._identity, "notes": notes}, indent=2)
+            text = json.dumps({"identity": self._identity, **notes}, indent=2)
             write_atomically(self._head, text.encode())
             self.notes = notes
 

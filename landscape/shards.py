@@ -1,7 +1,5 @@
 """Finished points of a sweep in a folder, from which a killed one goes on."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path as FilePath
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from hessian.atomic import write_atomically
 from hessian.batches import fingerprint
+from hessian.job_folder import JobFolder, checksum
 from hessian.objective import Objective
 from landscape.batch_norm import BatchNorm
 from landscape.combinations import defining_vectors
@@ -37,39 +36,22 @@ class Shards:
     """
 
     def __init__(self, folder: FilePath | None, identity: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._identity = json.loads(json.dumps(identity))
-        self.plan: dict[str, Any] | None = None
-        """The plan that the points so far were evaluated by."""
-        if folder is None or not self._head.exists():
-            return
-        try:
-            head = json.loads(self._head.read_text())
-            found, self.plan = dict(head["identity"]), head["plan"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"`folder` must be new or hold points of this sweep, but {self._head} is damaged "
-                f"({error}). Remove the folder."
-            ) from error
-        keys = [*self._identity, *(key for key in found if key not in self._identity)]
-        other = [key for key in keys if found.get(key) != self._identity.get(key)]
-        if other:
-            raise ValueError(
-                f"`folder` must be new or hold points of this sweep, but those in {folder} have "
-                f"other {', '.join(other)}. Choose another folder, or remove that one."
+        self._folder = None
+        if folder is not None:
+            self._folder = JobFolder(
+                folder, "sweep.json", identity, name="folder", holds="points of this sweep"
             )
 
     @property
-    def _head(self) -> FilePath:
-        assert self._folder is not None
-        return self._folder / "sweep.json"
+    def plan(self) -> dict[str, Any] | None:
+        """The plan that the points so far were evaluated by."""
+        found = None if self._folder is None else self._folder.notes
+        return None if found is None else found["plan"]
 
     def begin(self, plan: dict[str, Any]) -> None:
         """Keep the plan, so that those who go on evaluate in the same way."""
-        if self._folder is not None and self.plan is None:
-            text = json.dumps({"identity": self._identity, "plan": plan}, indent=2)
-            write_atomically(self._head, text.encode())
-        self.plan = plan
+        if self._folder is not None:
+            self._folder.begin(plan=plan)
 
     def read(self, chunk: int, shape: tuple[int, ...]) -> Tensor | None:
         """Return a chunk's numbers, or None if it is not there, whole."""
@@ -88,17 +70,7 @@ class Shards:
 
     def _path(self, chunk: int) -> FilePath:
         assert self._folder is not None
-        return self._folder / f"points-{chunk:06d}.safetensors"
-
-
-def checksum(*tensors: Tensor) -> str:
-    """Return a hash of types, shapes and bits."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]
+        return self._folder.path / f"points-{chunk:06d}.safetensors"
 
 
 def identity(

@@ -1,17 +1,14 @@
 """Points measured by one process, by several, or by ranks; the same bits each way."""
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import get_context
+from contextlib import closing, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hessian.distributed import Ranks
+from hessian.worker_processes import UnsendableError, WorkerError, by_workers
 from landscape.point_meter import PointMeter, without_infinities
 from landscape.shards import CHUNK, Shards
 
@@ -117,48 +114,37 @@ def _elsewhere(
     add: Callable[[int], None],
     samples: bool,
 ) -> Iterator[tuple[int, Tensor]]:
-    try:
-        sent = pickle.dumps(dict(recipe))
-    except Exception as error:
-        raise ValueError(
-            "`workers` above 1 needs a model, criterion and path that can be sent to another "
-            f"process, got {type(error).__name__}: {error}. Define them at the top of a module, or "
-            "leave `workers` out."
-        ) from error
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(sent,)
+    jobs = list(todo.items())
+    results = by_workers(
+        _served,
+        (dict(recipe), samples),
+        [points for _, points in jobs],
+        workers=workers,
+        threads=recipe["plan"].threads or 1,
     )
     try:
-        jobs = {pool.submit(_serve, points.tolist(), samples): k for k, points in todo.items()}
-        for job in as_completed(jobs):
-            k = jobs[job]
-            yield k, torch.from_numpy(job.result())
-            add(len(todo[k]))
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "A worker process died (out of memory, or a script without "
-            '`if __name__ == "__main__":`). What was finished is kept in `folder`; run the same '
-            "call again to go on."
+        with closing(results):
+            for place, numbers in results:
+                k, points = jobs[place]
+                yield k, numbers
+                add(len(points))
+    except UnsendableError as error:
+        raise ValueError(
+            "`workers` above 1 needs a model, criterion and path that can be sent to another "
+            f"process, got {error}. Define them at the top of a module, or leave `workers` out."
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except WorkerError as error:
+        raise RuntimeError(
+            f"{error} What was finished is kept in `folder`; run the same call again to go on."
+        ) from error
 
 
-_METER: list[PointMeter] = []
-"""The meter of a worker process."""
-
-
-def _begin(sent: bytes) -> None:
-    recipe = pickle.loads(sent)  # sent by the parent through a pipe, never read from a file
-    torch.set_num_threads(recipe["plan"].threads or 1)
-    _METER.append(PointMeter(**recipe))
-
-
-def _serve(points: list[Any], samples: bool) -> Any:
-    """Numbers of NumPy, not tensors, which would need shared memory on the way."""
-    measure = _METER[0].samples if samples else _METER[0].measure
-    rows = torch.tensor(points, dtype=torch.float64)
-    return _numbers([measure(row) for row in rows], samples).numpy()
+def _served(sent: tuple[dict[str, Any], bool]) -> Callable[[Tensor], Tensor]:
+    """Return what a worker process does with some points."""
+    recipe, samples = sent
+    meter = PointMeter(**recipe)
+    measure = meter.samples if samples else meter.measure
+    return lambda points: _numbers([measure(row) for row in points.double()], samples)
 
 
 def _numbers(parts: list[Tensor], samples: bool) -> Tensor:
