@@ -10,6 +10,9 @@ from flatvalley.pruning_runs import Run, Settings, known, solver_settings
 from flatvalley.transport_replay import require_mu
 from pruning import EigenspaceSolver, KrylovSolver
 from pruning.net_trim_options import trim_options
+from pruning.net_trim_program import Ball
+from pruning.net_trim_result import Mode
+from pruning.net_trim_setup import Precision
 from pruning.wanda import Per
 from pruning.woodfisher import Update
 
@@ -88,6 +91,8 @@ def _layerwise_check(settings: Settings) -> None:
 
 
 def _net_trim_check(settings: Settings) -> None:
+    for name, kind in (("mode", Mode), ("ball", Ball), ("precision", Precision)):
+        _one_of(settings, name, get_args(kind))
     if not 0.0 <= settings.get("within", 0.0) < math.inf:
         raise ValueError(f"`within` must be finite and at least 0, got {settings['within']}.")
     _positive(settings, "max_tries")
