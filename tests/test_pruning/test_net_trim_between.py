@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.testing import assert_close
 
 from pruning import net_trim
 from tests.cases import seeded

@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from pruning import net_trim, net_trim_solved, net_trim_to_sparsity
+from pruning import net_trim, net_trim_solved, net_trim_sparsity, net_trim_to_sparsity
 from pruning.net_trim_problem import group_problems
+from pruning.pruned import as_pruned
 from tests.cases import seeded
 
 
@@ -30,6 +32,7 @@ def test_the_number_of_zeros_is_exact_and_few_were_cut(mode, sparsity):
     assert int((found.weights == 0).sum()) == math.ceil(sparsity * d)
     assert 0 <= found.num_cut <= 0.03 * d
     assert found.num_cut == math.ceil(sparsity * d) - int((~found.trim.mask).sum())
+    assert 1 <= found.num_solved < 12
     # What is left is Net-Trim's, the weights that went are the smallest of its layers', no biases.
     went = found.trim.mask & ~found.mask
     assert torch.equal(found.weights[found.mask], found.trim.weights[found.mask])
@@ -64,6 +67,28 @@ def test_tries_share_the_programs_of_parallel_layers(monkeypatch, mode, times):
     found = net_trim_to_sparsity(mlp(), normal(60, 6), 0.6, mode=mode, within=0.0, max_tries=3)
     assert found.num_solved == 3
     assert built == ["0.weight", "3.weight"] * times
+
+
+def test_the_nearest_try_from_below_is_cut_to_the_number(monkeypatch):
+    model, x = mlp(), normal(60, 6)
+    whole = net_trim(model, x, epsilon=0.1)
+    shares = []
+
+    def some_zeros(objective, w, options, **others):
+        weights = w.clone()
+        weights[: (20, 72, 52)[len(shares)]] = 0.0
+        shares.append(options.epsilon)
+        return replace(whole, **vars(as_pruned(weights)))
+
+    monkeypatch.setattr(net_trim_sparsity, "trim_network", some_zeros)
+    d, biases = 212, 12  # those of the layer norm are zero from the start
+    found = net_trim_to_sparsity(model, x, (50 + biases) / d, within=0.0, max_tries=3)
+    # Halves of what is left between .001 and 1, as logarithms: below, above and above.
+    assert shares == pytest.approx([10**-1.5, 10**-0.75, 10**-1.125], rel=1e-12)
+    assert (found.num_solved, found.num_cut) == (3, 30)
+    assert found.epsilon == shares[0]
+    assert int((found.weights == 0).sum()) == 50 + biases
+    assert int((found.trim.weights == 0).sum()) == 20 + biases
 
 
 def test_a_budget_of_one_try_leaves_the_rest_to_the_cut():

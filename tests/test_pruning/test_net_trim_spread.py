@@ -104,6 +104,22 @@ def test_a_worker_that_dies_names_the_layer():
     assert not multiprocessing.active_children()
 
 
+def test_the_largest_layers_are_handed_out_first(monkeypatch):
+    handed = []
+
+    def here(make, recipe, jobs, *, workers, threads):
+        handed.append(([layer.weight for layer in jobs], workers, threads))
+        serve = make(recipe)
+        yield from ((place, serve(job)) for place, job in enumerate(jobs))
+
+    monkeypatch.setattr(net_trim_spread, "by_workers", here)
+    model, x = problem()
+    shared = net_trim(model, x, epsilon=0.1, workers=3)
+    # 4 N M P + 2 N² M flops: of rows for the ReLUs, and of moments for the others.
+    assert handed == [(["3.weight", "5.weight", "0.weight", "7.weight"], 3, 1)]
+    assert_same(shared, net_trim(model, x, epsilon=0.1))
+
+
 @pytest.mark.slow
 def test_who_is_interrupted_leaves_no_process_behind(tmp_path):
     model, x = problem()
