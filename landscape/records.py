@@ -124,7 +124,7 @@ def save_sweep(result: Sweep | Evaluation, path: str | Path) -> Path:
     """Write what was measured to a safetensors file, whole or not at all, and return its path.
 
     The numbers keep every bit; columns and provenance stand as JSON in the file's header, where any
-    reader of safetensors sees them.
+    reader of safetensors sees them. The same sweep gives the same file, byte for byte.
 
     Args:
         result: From `sweep` or `evaluate`.
@@ -145,7 +145,7 @@ def save_sweep(result: Sweep | Evaluation, path: str | Path) -> Path:
         "columns": json.dumps(result.columns),
         "provenance": json.dumps(dict(result.provenance)),
     }
-    return write_atomically(Path(path), dump_tensors(tensors, header))
+    return write_atomically(Path(path), _in_order(dump_tensors(tensors, header)))
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -169,3 +169,11 @@ def load_sweep(path: str | Path) -> Sweep:
         raise DamagedFileError(
             f"`path` must be a file that `save_sweep` wrote, got {path} ({error})."
         ) from error
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file, its header in a fixed order: safetensors leaves that to chance."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]

@@ -293,6 +293,8 @@ def test_files_keep_every_bit(tmp_path, problem):
     assert torch.equal(back.points, found.points)
     assert back.provenance == json.loads(json.dumps(dict(found.provenance)))
     assert back.provenance["samples"] == {"train": 12, "test": 4}
+    files = {save_sweep(found, tmp_path / f"{k}.safetensors").read_bytes() for k in range(8)}
+    assert len(files) == 1  # and the file is the same each time
     one = found["test", "error"]
     back = load_sweep(save_sweep(one, tmp_path / "one.safetensors"))["test", "error"]
     assert torch.equal(back.total, one.total) and back.provenance == dict(one.provenance)
