@@ -10,6 +10,7 @@ from flatvalley.commands.landscape_options import (
     Criterion,
     Data,
     Device,
+    InBits,
     Model,
     Network,
     Norm,
@@ -26,12 +27,7 @@ from flatvalley.studies.connect_report import (
     summary,
     write_connect_report,
 )
-from flatvalley.studies.landscape_networks import (
-    OwnModel,
-    find_network,
-    load_networks,
-    short_names,
-)
+from flatvalley.studies.landscape_networks import OwnModel, open_networks
 from flatvalley.user_code import importable_from
 from flatvalley.workers import bars
 
@@ -54,6 +50,7 @@ def connect(
     seed: Annotated[int, typer.Option(help="Of the curve's training.")] = 0,
     samples: Samples = None,
     batch_norm: Norm = "recompute",
+    precision: InBits = "full",
     workers: Workers = 1,
     model: Model = None,
     data: Data = None,
@@ -81,18 +78,20 @@ def connect(
                 seed,
                 samples,
                 batch_norm,
+                precision,
             )
-            own = OwnModel(model, data, criterion)
-            places = [a, b, *(control or [])]
-            sources = [find_network(place, own, device=device) for place in places]
-            networks = load_networks(sources, samples=samples)
-            identity = {"networks": [source.identity for source in sources]} | vars(config)
-            run = Run(out, "connect", identity)
+            networks, names = open_networks(
+                [a, b, *(control or [])],
+                OwnModel(model, data, criterion),
+                device=device,
+                samples=samples,
+            )
+            run = Run(out, "connect", networks.identity | vars(config))
         with refusals(), bars(console, "curve", "points") as (trains, measures):
             findings = run_connect(
                 run,
                 networks,
-                short_names(sources, places),
+                names,
                 config,
                 workers=workers,
                 trains=trains,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flatvalley.studies.landscape_networks import POLICIES
+from flatvalley.studies.landscape_networks import POLICIES, PRECISIONS
 
 PLACE = (
     "Folder of a `flatvalley train` or `flatvalley prune` run, of one of a training's runs in it, "
@@ -16,6 +16,13 @@ Samples = Annotated[
     int | None, typer.Option(help="Training samples to look at. Default: up to 10,000.")
 ]
 Norm = Annotated[str, typer.Option("--batch-norm", help=f"One of {', '.join(POLICIES)}.")]
+InBits = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help=f"Of forward passes: {' or '.join(PRECISIONS)}, whose deviation is measured.",
+    ),
+]
 Workers = Annotated[int, typer.Option(help="Processes that share the points.")]
 Model = Annotated[
     str | None, typer.Option(help="Of a file of weights: a name, or package.module:factory.")

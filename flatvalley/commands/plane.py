@@ -11,6 +11,7 @@ from flatvalley.commands.landscape_options import (
     Criterion,
     Data,
     Device,
+    InBits,
     Model,
     Network,
     Norm,
@@ -19,12 +20,7 @@ from flatvalley.commands.landscape_options import (
 )
 from flatvalley.commands.refusals import at_the_door, files_wanted, refusals
 from flatvalley.run import Run
-from flatvalley.studies.landscape_networks import (
-    OwnModel,
-    find_network,
-    load_networks,
-    short_names,
-)
+from flatvalley.studies.landscape_networks import OwnModel, open_networks
 from flatvalley.studies.plane import PlaneConfig
 from flatvalley.studies.plane import plane as run_plane
 from flatvalley.studies.plane_report import (
@@ -54,6 +50,7 @@ def plane(
     seed: Annotated[int, typer.Option(help="Of the curve's training.")] = 0,
     samples: Samples = None,
     batch_norm: Norm = "recompute",
+    precision: InBits = "full",
     workers: Workers = 1,
     model: Model = None,
     data: Data = None,
@@ -70,18 +67,19 @@ def plane(
     with importable_from(Path.cwd()):
         with at_the_door(), files_wanted():
             size = points, points if points_y is None else points_y
-            config = PlaneConfig(size, epochs, lr, seed, samples, batch_norm)
-            own = OwnModel(model, data, criterion)
-            places = [a, b, *([] if c is None else [c])]
-            sources = [find_network(place, own, device=device) for place in places]
-            networks = load_networks(sources, samples=samples)
-            identity = {"networks": [source.identity for source in sources]} | vars(config)
-            run = Run(out, "plane", identity)
+            config = PlaneConfig(size, epochs, lr, seed, samples, batch_norm, precision)
+            networks, names = open_networks(
+                [a, b, *([] if c is None else [c])],
+                OwnModel(model, data, criterion),
+                device=device,
+                samples=samples,
+            )
+            run = Run(out, "plane", networks.identity | vars(config))
         with refusals(), bars(console, "curve", "points") as (trains, measures):
             findings = run_plane(
                 run,
                 networks,
-                short_names(sources, places),
+                names,
                 config,
                 workers=workers,
                 trains=trains,

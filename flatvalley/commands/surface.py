@@ -10,6 +10,7 @@ from flatvalley.commands.landscape_options import (
     Criterion,
     Data,
     Device,
+    InBits,
     Model,
     Network,
     Norm,
@@ -18,7 +19,7 @@ from flatvalley.commands.landscape_options import (
 )
 from flatvalley.commands.refusals import at_the_door, files_wanted, refusals
 from flatvalley.run import Run
-from flatvalley.studies.landscape_networks import OwnModel, find_network, load_networks
+from flatvalley.studies.landscape_networks import OwnModel, open_networks
 from flatvalley.studies.surface import KINDS, SurfaceConfig, sweep_tables
 from flatvalley.studies.surface import surface as run_surface
 from flatvalley.studies.surface_report import (
@@ -49,6 +50,7 @@ def surface(
     ] = False,
     samples: Samples = None,
     batch_norm: Norm = "recompute",
+    precision: InBits = "full",
     workers: Workers = 1,
     model: Model = None,
     data: Data = None,
@@ -72,10 +74,12 @@ def surface(
                 samples,
                 batch_norm,
                 adaptive,
+                precision,
             )
-            source = find_network(network, OwnModel(model, data, criterion), device=device)
-            networks = load_networks([source], samples=samples)
-            run = Run(out, "surface", source.identity | vars(config))
+            networks, _ = open_networks(
+                [network], OwnModel(model, data, criterion), device=device, samples=samples
+            )
+            run = Run(out, "surface", networks.identity | vars(config))
         with refusals(), bars(console, "points") as (progress,):
             findings = run_surface(run, networks, config, workers=workers, progress=progress)
     for name, rows in sweep_tables(findings.values).items():

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flatvalley.run import Run
-from flatvalley.studies.landscape_networks import POLICIES, Networks
+from flatvalley.studies.landscape_networks import POLICIES, PRECISIONS, Networks, Precision
 from hessian import Objective
 from landscape import (
     Barrier,
@@ -63,11 +63,14 @@ class ConnectConfig:
     samples: int | None = None
     """Training samples; None for 10,000 or all."""
     batch_norm: str = "recompute"
+    precision: str = "full"
+    """Of forward passes for what is measured; the curve trains in full."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("curve", self.curve, tuple(CURVES)),
             ("batch_norm", self.batch_norm, POLICIES),
+            ("precision", self.precision, PRECISIONS),
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
@@ -156,6 +159,7 @@ def connect(
         metrics=networks.metrics,
         num_points=config.points,
         batch_norm=networks.batch_norm(config.batch_norm),
+        precision=cast(Precision, config.precision),
         folder=run.path / "points",
         workers=workers,
         progress=measures,

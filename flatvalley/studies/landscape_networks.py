@@ -25,6 +25,8 @@ from landscape import BatchNorm
 from landscape.batch_norm import BatchNormKind
 
 POLICIES = get_args(BatchNormKind)
+Precision = Literal["full", "bfloat16"]
+PRECISIONS = get_args(Precision)
 WEIGHTS = "weights.safetensors"
 
 
@@ -125,6 +127,11 @@ class Networks:
     test: Objective
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What numbers depend on, of JSON types."""
+        return {"networks": [source.identity for source in self.sources]}
+
+    @property
     def objectives(self) -> dict[str, Objective]:
         """The losses by name."""
         return {"train": self.train, "test": self.test}
@@ -140,6 +147,26 @@ class Networks:
         if kind == "interpolated":
             return BatchNorm(known, ends=(self.states[0], self.states[1]))
         return BatchNorm(known, data=self.train if kind == "recompute" else None)
+
+
+def open_networks(
+    places: Sequence[str], own: OwnModel, *, device: str = "cpu", samples: int | None = None
+) -> tuple[Networks, tuple[str, ...]]:
+    """Return the networks that places name, and what to call them in a figure.
+
+    Args:
+        places: As in `find_network`.
+        own: Model, data and loss; for files only.
+        device: Where to compute.
+        samples: Training samples to look at. Default: 10,000, or all there are.
+
+    Raises:
+        ValueError: As `find_network` and `load_networks`.
+        NonFiniteError: If a weight is not finite.
+        DamagedFileError: If a file cannot be read.
+    """
+    sources = [find_network(place, own, device=device) for place in places]
+    return load_networks(sources, samples=samples), short_names(sources, places)
 
 
 def load_networks(sources: Sequence[Source], *, samples: int | None = None) -> Networks:

@@ -120,10 +120,17 @@ def pictures(run: Run, figures: Sequence[FigureText]) -> list[Picture]:
 
 def losses_method(networks: Networks, about: Mapping[str, Any]) -> str:
     """Return what a loss at a point is, in a sentence or two."""
+    plan = about.get("plan", {})
+    reduced = plan.get("precision", "full")
+    bits = ""
+    if reduced != "full":
+        moved = plan["deviation"]
+        share = "an unknown share" if moved is None else f"a share of {moved:.1e}"
+        bits = f" Forward passes in {reduced}, which moves the loss by {share} where it was tried."
     return (
         f"Every point has the loss of {networks.train.num_samples:,} training samples without "
         f"augmentation and {networks.test.num_samples:,} test samples, dropout off. Batch norm: "
-        f"{about.get('batch norm', 'none in the model')}."
+        f"{about.get('batch norm', 'none in the model')}.{bits}"
     )
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flatvalley.run import Run
 from flatvalley.studies.connect import ConnectConfig, train_between
-from flatvalley.studies.landscape_networks import Networks
+from flatvalley.studies.landscape_networks import Networks, Precision
 from landscape import (
     Barrier,
     BezierCurve,
@@ -52,6 +52,8 @@ class PlaneConfig:
     samples: int | None = None
     """Training samples; None for 10,000 or all."""
     batch_norm: str = "recompute"
+    precision: str = "full"
+    """Of forward passes for what is measured; the curve trains in full."""
 
     def __post_init__(self) -> None:
         if min(self.points) < 2:
@@ -72,6 +74,7 @@ class PlaneConfig:
             seed=self.seed,
             samples=self.samples,
             batch_norm=self.batch_norm,
+            precision=self.precision,
         )
 
 
@@ -125,12 +128,14 @@ def plane(
         for i, n in enumerate(config.points)
     )
     policy = networks.batch_norm(config.batch_norm)
+    precision = cast(Precision, config.precision)
     values = sweep(
         networks.objectives,
         through,
         make_grid(xs, ys),
         metrics=networks.metrics,
         batch_norm=policy,
+        precision=precision,
         folder=run.path / "points",
         workers=workers,
         progress=measures,
@@ -140,6 +145,7 @@ def plane(
         networks.train,
         Line(a, b),
         batch_norm=policy,
+        precision=precision,
         folder=run.path / "line",
         workers=workers,
     )

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from flatvalley.run import Run
-from flatvalley.studies.landscape_networks import POLICIES, Networks, read_path
+from flatvalley.studies.landscape_networks import (
+    POLICIES,
+    PRECISIONS,
+    Networks,
+    Precision,
+    read_path,
+)
 from hessian import ConvergenceWarning, Eigenspace, hessian_operator, leading_eigenspace
 from landscape import (
-    BatchNorm,
     Directions,
     Evaluation,
     Plane,
@@ -69,11 +74,14 @@ class SurfaceConfig:
     adaptive: bool = False
     """Whether to measure only points that a spline through the others does not predict, and of
     those only the train loss."""
+    precision: str = "full"
+    """Of forward passes for what is measured."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("directions", self.directions, KINDS),
             ("batch_norm", self.batch_norm, POLICIES),
+            ("precision", self.precision, PRECISIONS),
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
@@ -191,6 +199,7 @@ def surface(
                 xs,
                 ys,
                 batch_norm=policy,
+                precision=cast(Precision, config.precision),
                 folder=run.path / "points",
                 workers=workers,
                 seed=config.seed,
@@ -198,30 +207,19 @@ def surface(
             )
         values = _as_sweep(filled.evaluation)
     else:
-        values = _measured(run, networks, plane, grid(xs, ys), policy, workers, progress)
+        values = sweep(
+            networks.objectives,
+            plane,
+            grid(xs, ys),
+            metrics=networks.metrics,
+            batch_norm=policy,
+            precision=cast(Precision, config.precision),
+            folder=run.path / "points",
+            workers=workers,
+            progress=progress,
+        )
     save_sweep(values, run.path / "surface.safetensors")
     return SurfaceFindings(config, networks, directions, plane, values, way, space, filled)
-
-
-def _measured(
-    run: Run,
-    networks: Networks,
-    plane: Plane,
-    points: Tensor,
-    policy: BatchNorm,
-    workers: int,
-    progress: Progress | None,
-) -> Sweep:
-    return sweep(
-        networks.objectives,
-        plane,
-        points,
-        metrics=networks.metrics,
-        batch_norm=policy,
-        folder=run.path / "points",
-        workers=workers,
-        progress=progress,
-    )
 
 
 def _as_sweep(found: Evaluation) -> Sweep:
