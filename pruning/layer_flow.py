@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import BoundArguments
 from typing import Any
 
 import torch
@@ -11,7 +12,17 @@ from torch.nn import functional
 
 from hessian.convolutions import CONVOLUTIONS, bind_convolution
 from pruning.layer_calls import LayerCall
-from pruning.layer_tails import POOLS, READS, RELUS, VIEWS, Tails, is_idle, tensors_in
+from pruning.layer_tails import (
+    BATCH_NORM,
+    POOLS,
+    READS,
+    RELUS,
+    VIEWS,
+    Tails,
+    affine,
+    is_idle,
+    tensors_in,
+)
 
 SMOOTH = {torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid, functional.relu6}
 """Elementwise functions with slopes in [0, 1], beside ReLU."""
@@ -25,6 +36,8 @@ class Link:
     groups: int
     overlap: float
     """How many positions an input goes into at most; 1 for a linear layer."""
+    scale: tuple[float, ...] | None = None
+    """Of a batch norm right after it, by output."""
 
 
 class Flow(Tails):
@@ -43,6 +56,8 @@ class Flow(Tails):
         # Kept alive, so that no later tensor is taken for one of them.
         self._derived = {id(t): t for t in given}
         self._last = given[0] if len(given) == 1 else None
+        self._linked: Tensor | None = None
+        """What came out of the last layer of the chain."""
 
     def end(self, result: Any) -> None:
         """Look at what the model returned."""
@@ -80,12 +95,29 @@ class Flow(Tails):
         follows = len(used) == 1 and used[0] is self._last and isinstance(out, Tensor)
         if follows and calls and func is functional.linear:
             self.chain.append(Link(calls[0].weight, 1, 1.0))
+            self._linked = out
         elif follows and calls and func in CONVOLUTIONS:
             overlap = _overlap(CONVOLUTIONS[func], args, kwargs)
             self.chain.append(Link(calls[0].weight, calls[0].groups, overlap))
+            self._linked = out
+        elif follows and func is functional.batch_norm and self._last is self._linked:
+            scale = self._scale(BATCH_NORM.bind(*args, **kwargs))
+            if scale is None:
+                self.chain = None
+            else:
+                self.chain[-1] = replace(self.chain[-1], scale=scale)
         elif not follows or calls or not _contracts(func, args, kwargs):
             self.chain = None
         self._last = out
+
+    def _scale(self, bound: BoundArguments) -> tuple[float, ...] | None:
+        """Return the scales of a batch norm, if they are those of the last layer's outputs."""
+        assert self.chain is not None and self._linked is not None
+        bound.apply_defaults()
+        tail = self.tails[self.chain[-1].weight][-1]
+        if bound.arguments["training"] or tail.call.channel + self._linked.ndim != 1:
+            return None
+        return tuple(affine(bound.arguments)[0].tolist())
 
 
 def _contracts(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:

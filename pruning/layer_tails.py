@@ -183,7 +183,7 @@ class Tails(TorchFunctionMode):
                 and value.tails[0].call.channel + value.tensor.ndim == 1
             )
             if fits:
-                value.tails[0].scale, value.tails[0].shift = _affine(given)
+                value.tails[0].scale, value.tails[0].shift = affine(given)
             else:
                 self._fail(value, "it goes into `batch_norm`")
             value.is_used = value.is_spent = True
@@ -263,7 +263,7 @@ def is_idle(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     return func is functional.dropout and training is False
 
 
-def _affine(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def affine(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return scale and shift of a batch norm in evaluation mode, in float64."""
     mean, var = given["running_mean"].double(), given["running_var"].double()
     scale = (var + given["eps"]).rsqrt()

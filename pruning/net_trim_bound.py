@@ -21,7 +21,9 @@ def chained_bound(
     """Return what the discrepancies of layers prove of a chain's, or None if it is no chain.
 
     In parallel e_l ≤ r_l + ‖U_l‖₂ e_{l−1}, with the discrepancy r_l on dense inputs; a layer that
-    stayed has none. In a cascade, a pruned layer's discrepancy on pruned inputs is e_l itself.
+    stayed has none. In a cascade, a pruned layer's discrepancy on pruned inputs is e_l itself. With
+    a batch norm of scales s right after it, diag(s) U_l takes the place of U_l, and r_l counts max
+    |s| times unless it is that of what comes out of a ReLU after the batch norm.
 
     Args:
         chain: Calls of layers in order.
@@ -36,15 +38,19 @@ def chained_bound(
     e = 0.0
     for link in chain:
         own = layers.get(link.weight)
+        r, rows = 0.0, parts[link.weight].detach().double().flatten(1)
+        if own is not None:
+            r = own.output_discrepancy
+        if link.scale is not None:
+            rows = rows * rows.new_tensor(link.scale)[:, None]
+            if own is not None and "batch norm" not in own.between:
+                r *= max(map(abs, link.scale))
         if own is not None and mode == "cascade":
-            e = own.output_discrepancy
+            e = r
             continue
-        rows = parts[link.weight].detach().double().flatten(1)
         norm = max(float(torch.linalg.matrix_norm(U, 2)) for U in rows.chunk(link.groups))
         # An input that is in several patches counts in each.
-        e *= norm * math.sqrt(link.overlap)
-        if own is not None:
-            e += own.output_discrepancy
+        e = e * norm * math.sqrt(link.overlap) + r
     return e
 
 

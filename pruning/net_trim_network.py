@@ -66,10 +66,11 @@ def net_trim(
     the projections inside ``nn.MultiheadAttention`` take part, whichever module calls them. Only
     their weights change, batch norms stay.
 
-    **The bound.** Of a network that is a chain of layers and of functions that bring no two inputs
-    farther apart (ReLU, tanh, sigmoid, max pooling of disjoint windows, views): in parallel
-    e_l ≤ r_l + ‖U_l‖₂ e_{l−1}, with the discrepancy r_l of layer l on dense inputs; in a cascade
-    e_l = r_l on pruned ones, which is measured. It holds on the calibration inputs.
+    **The bound.** Of a network that is a chain of layers, of batch norms right after them and of
+    functions that bring no two inputs farther apart (ReLU, tanh, sigmoid, max pooling of disjoint
+    windows, views): in parallel e_l ≤ r_l + ‖U_l‖₂ e_{l−1}, with the discrepancy r_l of layer l on
+    dense inputs and the scales of its batch norm in U_l; in a cascade e_l = r_l on pruned ones,
+    which is measured. It holds on the calibration inputs.
 
     Costs one forward pass to look at the network, one for every layer (two in a cascade), and what
     ``net_trim_layer`` costs. All rows that go into one layer are held at a time; of a linear layer

@@ -241,6 +241,8 @@ class Runs(nn.Module):
         self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
         self.bn, self.bn2 = (with_statistics(nn.BatchNorm1d(4)) for _ in range(2))
         self.bn2.weight.data += 1.0
+        self.bn3 = copy.deepcopy(self.bn)
+        self.bn3.bias.data += 1.0
         self.run = run
 
     def forward(self, x):
@@ -310,6 +312,11 @@ FLOWS = {
     ),
     "norms that differ": (
         lambda m, x: m.bn2(m.a(m.bn(m.a(x)).relu())).relu(),
+        (),
+        "its calls have different batch norms after them",
+    ),
+    "norms that differ in shift": (
+        lambda m, x: m.bn3(m.a(m.bn(m.a(x)).relu())).relu(),
         (),
         "its calls have different batch norms after them",
     ),
@@ -416,3 +423,43 @@ def test_terms_that_are_pruned_apart_stay_near_together():
     other = with_some(model, trim, names)
     off = float((model.run(other, x) - model.run(model, x)).detach().norm())
     assert off <= sum(layer.output_discrepancy for layer in trim.layers) * (1 + 1e-9)
+
+
+def normed_chain(after):
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 4, 3, stride=2),
+            with_statistics(nn.BatchNorm1d(4)),
+            after(),
+            nn.Flatten(),
+            nn.Linear(12, 6),
+            with_statistics(nn.BatchNorm1d(6)),
+            after(),
+            nn.Linear(6, 3),
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("after", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_the_chained_bound_goes_through_batch_norms(mode, after):
+    model, x = normed_chain(after), normal(60, 2, 8)
+    trim = net_trim(model, x, epsilon=0.2, mode=mode)
+    assert trim.bound is not None and trim.discrepancy <= trim.bound * (1 + 1e-9)
+    r, parts = [layer.output_discrepancy for layer in trim.layers], trim.parameters()
+    scales = [model[i].weight / (model[i].running_var + model[i].eps).sqrt() for i in (1, 5)]
+    most = [1.0 if after is nn.ReLU else float(s.detach().abs().max()) for s in scales]
+    if mode == "cascade":
+        assert trim.bound == pytest.approx(r[2], rel=1e-9)
+        return
+    matrices = [scales[1].detach()[:, None] * parts["4.weight"], parts["7.weight"]]
+    norms = [float(torch.linalg.matrix_norm(A, 2)) for A in matrices]
+    by_hand = r[2] + norms[1] * (most[1] * r[1] + norms[0] * most[0] * r[0])
+    assert trim.bound == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_a_batch_norm_that_no_layer_is_before_ends_the_chain():
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    ).eval()
+    assert net_trim(model, normal(40, 4), epsilon=0.1).bound is None
