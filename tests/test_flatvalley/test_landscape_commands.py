@@ -162,6 +162,45 @@ def test_a_plane_goes_through_its_three_networks(runs):
         assert (runs / "plane" / file).stat().st_size > 1000
 
 
+def without_a_file_of_points(folder):
+    """Lose the result and one file of points; return when the others were written."""
+    (folder / "surface.safetensors").unlink()
+    files = sorted((folder / "points").rglob("points-*"))
+    files[1].unlink()
+    return {path: path.stat().st_mtime_ns for path in files if path != files[1]}
+
+
+def test_a_plane_that_lost_points_goes_on_to_the_same_bits(runs, tmp_path):
+    arguments = (
+        "plane", runs / "first", runs / "second", "--points=5", "--points-y=4", "--epochs=1",
+        "--samples=50", f"--out={tmp_path / 'o'}",
+    )  # fmt: skip
+    assert flatvalley(*arguments)[0] == 0
+    whole = (tmp_path / "o" / "surface.safetensors").read_bytes()
+    written = without_a_file_of_points(tmp_path / "o")
+    assert flatvalley(*arguments)[0] == 0
+    assert (tmp_path / "o" / "surface.safetensors").read_bytes() == whole
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_a_surface_in_bfloat16_says_how_far_it_is_off_and_goes_on(runs, tmp_path):
+    arguments = (
+        "surface", runs / "first", "--precision=bfloat16", "--points=5", "--samples=50",
+        f"--out={tmp_path / 'o'}",
+    )  # fmt: skip
+    assert flatvalley(*arguments)[0] == 0
+    folder = tmp_path / "o"
+    plan = json.loads((folder / "run.json").read_text())["evaluation"]["plan"]
+    assert plan["precision"] == "bfloat16" and 1e-6 < plan["deviation"] < 0.05
+    words = " ".join((folder / "report.html").read_text().split())
+    assert f"which moves the loss by a share of {plan['deviation']:.1e}" in words
+    whole = (folder / "surface.safetensors").read_bytes()
+    written = without_a_file_of_points(folder)
+    assert flatvalley(*arguments)[0] == 0
+    assert (folder / "surface.safetensors").read_bytes() == whole
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
 def test_without_a_third_network_a_plane_takes_the_bend_of_a_curve(runs, tmp_path):
     status, out, err = flatvalley(
         "plane", runs / "first", runs / "second", "--points=3", "--epochs=2",
@@ -228,6 +267,9 @@ def test_mistakes_are_named_and_nothing_is_left(runs, tmp_path):
     )
     assert "cannot go with the folder" in refused("surface", first, "--model=digits-mlp", out)
     assert "`points` must be at least 2" in refused("surface", first, "--points=1", out)
+    assert "`precision` must be one of full, bfloat16" in refused(
+        "connect", first, runs / "second", "--precision=half", out
+    )
     assert "`directions` must be one of" in refused("surface", first, "--directions=up", out)
     assert "--snapshots" in refused(
         "surface", runs / "second", "--directions=pca", "--points=3", out
