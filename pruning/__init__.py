@@ -23,8 +23,11 @@ from pruning.net_trim_layer import net_trim_layer, net_trim_path
 from pruning.net_trim_network import net_trim
 from pruning.net_trim_program import LayerProgram
 from pruning.net_trim_result import NetworkTrim, TrimmedLayer
-from pruning.net_trim_sparsities import net_trim_to_sparsities
-from pruning.net_trim_sparsity import SparsityTrim, net_trim_to_sparsity
+from pruning.net_trim_sparsity import (
+    SparsityTrim,
+    net_trim_to_sparsities,
+    net_trim_to_sparsity,
+)
 from pruning.obc import LayerError, LayerTrace, ObcPruned, ObcTraces, obc_traces
 from pruning.obd import ObdPruned, obd_prune
 from pruning.pruned import Pruned

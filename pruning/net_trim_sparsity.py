@@ -1,7 +1,8 @@
-"""Net-Trim to a sparsity: the share of ε that gives it, found by bisection."""
+"""Net-Trim to a sparsity, or to several in one run: the share of ε that gives it, and a cut."""
 
-import math
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from glob import escape
 from typing import Any
 
@@ -12,15 +13,11 @@ from hessian.parameters import Selection
 from pruning.allocation import keep_mask
 from pruning.dense_distance import DenseDistance
 from pruning.net_trim_bound import output_distance
-from pruning.net_trim_layers import trim_network
 from pruning.net_trim_options import TrimOptions, trim_options
-from pruning.net_trim_problem import GroupProblem
 from pruning.net_trim_result import NetworkTrim
+from pruning.net_trim_search import HIGHEST, ShareSearch
 from pruning.net_trim_survey import survey
 from pruning.pruned import Pruned, as_pruned, wanted_zeros
-
-LOWEST, HIGHEST = 1e-3, 1.0
-"""Shares between which one is looked for; at 1, nothing is left of a layer in parallel."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def net_trim_to_sparsity(
 ) -> SparsityTrim:
     """Return weights of a sparsity: those of ``net_trim`` for one share ε of all layers.
 
-    The share is found by bisection of its logarithm. In parallel, all tries share the layers'
+    The share is found by interpolation in its logarithm. In parallel, all tries share the layers'
     programs, which start where they ended before, and the inputs of all layers are held. Of the
     tries with no more zeros than wanted, that with most of them is taken, and the smallest weights
     of its layers that are left are cut, until the number is exact.
@@ -77,8 +74,8 @@ def net_trim_to_sparsity(
         NonFiniteError: As ``net_trim``.
 
     Warns:
-        ConvergenceWarning: As ``net_trim``, for every try.
-        CalibrationWarning: As ``net_trim``, for every try.
+        ConvergenceWarning: As ``net_trim``, for the try that is taken.
+        CalibrationWarning: The same.
 
     Example:
         >>> import torch
@@ -89,36 +86,100 @@ def net_trim_to_sparsity(
         >>> found.sparsity, found.num_cut
         (0.5, 0)
     """
+    (found,) = net_trim_to_sparsities(
+        model,
+        calibration,
+        [sparsity],
+        within=within,
+        max_tries=max_tries,
+        parameters=parameters,
+        batch_size=batch_size,
+        **options,
+    )
+    return found
+
+
+def net_trim_to_sparsities(
+    model: nn.Module,
+    calibration: Any,
+    sparsities: Sequence[float],
+    *,
+    within: float = 0.005,
+    max_tries: int = 12,
+    on_try: Callable[[NetworkTrim], object] | None = None,
+    parameters: Selection = None,
+    batch_size: int | None = None,
+    **options: Any,
+) -> Iterator[SparsityTrim]:
+    """Yield weights of several sparsities, one after the other, as ``net_trim_to_sparsity`` does.
+
+    All tries tell how many zeros a share ε gives, so that the next one is interpolated, and the
+    later sparsities take two or three. In parallel they share the layers' programs as well.
+
+    Args:
+        model: As for ``net_trim``.
+        calibration: As for ``net_trim``.
+        sparsities: Shares of zeros, as for ``net_trim_to_sparsity``, increasing.
+        within: Share of all d weights that may be left to the cut.
+        max_tries: Budget of tries for each sparsity.
+        on_try: Called with what each try gave.
+        parameters: As for ``net_trim``.
+        batch_size: As for ``net_trim``.
+        options: All others of ``net_trim``, but for ``epsilon`` and ``progress``.
+
+    Raises:
+        ValueError: As ``net_trim_to_sparsity``, or if sparsities do not increase; at the call, but
+            for what a program refuses.
+        TypeError: As ``net_trim_to_sparsity``.
+        NonDeterministicError: As ``net_trim``.
+        NonFiniteError: As ``net_trim``.
+
+    Warns:
+        ConvergenceWarning: As ``net_trim``, for the tries that are taken.
+        CalibrationWarning: The same.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.3, 0.1]]))
+        >>> found = net_trim_to_sparsities(model, torch.eye(3), [0.3, 0.6])
+        >>> [round(trim.sparsity, 2) for trim in found]
+        [0.33, 0.67]
+    """
     if within < 0:
         raise ValueError(f"`within` must be at least 0, got {within}.")
     if max_tries < 1:
         raise ValueError(f"`max_tries` must be at least 1, got {max_tries}.")
+    if any(b <= a for a, b in itertools.pairwise(sparsities)):
+        raise ValueError(f"`sparsities` must increase, got {list(sparsities)}.")
     settings = trim_options(epsilon=HIGHEST, **options)
     objective = DenseDistance(
         model, calibration, kind="squared", parameters=parameters, batch_size=batch_size
     )
     w = objective.weights()
+    stays = [_stays(objective, w, settings, sparsity) for sparsity in sparsities]
+    search = ShareSearch(objective, w, settings, on_try)
+    return (
+        _to_one(search, objective, w, sparsity, stay, within, max_tries)
+        for sparsity, stay in zip(sparsities, stays, strict=True)
+    )
+
+
+def _to_one(
+    search: ShareSearch,
+    objective: Objective,
+    w: Tensor,
+    sparsity: float,
+    stays: Sequence[str],
+    within: float,
+    max_tries: int,
+) -> SparsityTrim:
+    """Search, and cut the smallest weights of layers until the number of zeros is exact."""
     wanted = wanted_zeros(sparsity, len(w))
-    stays = _stays(objective, w, settings, sparsity)
-    low, high = math.log(LOWEST), math.log(HIGHEST)
-    tried: dict[float, NetworkTrim] = {}
-    # In a cascade, inputs differ from try to try.
-    known: dict[str, list[GroupProblem]] | None = {} if settings.mode == "parallel" else None
-    for _ in range(max_tries):
-        share = math.exp((low + high) / 2)
-        last = trim_network(
-            objective, w, replace(settings, epsilon=share), known=known, stacklevel=3
-        )
-        tried[share] = last
-        left = wanted - _zeros(last)
-        if 0 <= left <= within * len(w):
-            break
-        low, high = (math.log(share), high) if left > 0 else (low, math.log(share))
-    # The nearest from below; if even small shares give more zeros than wanted, the nearest.
-    share = min(tried, key=lambda g: (_zeros(tried[g]) > wanted, abs(wanted - _zeros(tried[g]))))
-    trim = tried[share]
-    weights = trim.weights.clone()
-    if _zeros(trim) < wanted:
+    found = search.reach(wanted, within * len(w), max_tries)
+    weights = found.trim.weights.clone()
+    zeros = int((~found.trim.mask).sum())
+    if zeros < wanted:
         keep = keep_mask(
             weights.abs(), weights, sparsity=sparsity, objective=objective, exclude=stays
         )
@@ -129,16 +190,12 @@ def net_trim_to_sparsity(
         pruned.mask,
         pruned.sparsity,
         pruned.lam,
-        trim=trim,
-        epsilon=share,
-        num_cut=int((weights == 0).sum()) - _zeros(trim),
-        num_solved=len(tried),
+        trim=found.trim,
+        epsilon=found.share,
+        num_cut=int((~pruned.mask).sum()) - zeros,
+        num_solved=found.num_solved,
         discrepancy=output_distance(objective, weights, w)[0],
     )
-
-
-def _zeros(trim: NetworkTrim) -> int:
-    return int((~trim.mask).sum())
 
 
 def _stays(objective: Objective, w: Tensor, settings: TrimOptions, sparsity: float) -> list[str]:

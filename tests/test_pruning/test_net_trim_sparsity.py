@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import net_trim, net_trim_solved, net_trim_sparsity, net_trim_to_sparsity
+from pruning import net_trim, net_trim_search, net_trim_solved, net_trim_to_sparsity
 from pruning.net_trim_problem import group_problems
 from pruning.pruned import as_pruned
 from tests.cases import seeded
@@ -80,7 +80,7 @@ def test_the_nearest_try_from_below_is_cut_to_the_number(monkeypatch):
         shares.append(options.epsilon)
         return replace(whole, **vars(as_pruned(weights)))
 
-    monkeypatch.setattr(net_trim_sparsity, "trim_network", some_zeros)
+    monkeypatch.setattr(net_trim_search, "trim_network", some_zeros)
     d, biases = 212, 12  # those of the layer norm are zero from the start
     found = net_trim_to_sparsity(model, x, (50 + biases) / d, within=0.0, max_tries=3)
     # Halves of what is left between .001 and 1, as logarithms: below, above and above.

@@ -1,0 +1,125 @@
+"""The share ε that gives a network a number of zeros by Net-Trim, by all that was tried before."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hessian import Objective
+from pruning.net_trim_layers import trim_network
+from pruning.net_trim_options import TrimOptions
+from pruning.net_trim_problem import GroupProblem
+from pruning.net_trim_result import NetworkTrim
+
+LOWEST, HIGHEST = 1e-3, 1.0
+"""Shares between which one is looked for; at 1, nothing is left of a layer in parallel."""
+
+EDGE = 0.1
+"""Tries stay off the ends of the interval that is left by this share of it."""
+
+
+class Found(NamedTuple):
+    """The try that came nearest."""
+
+    trim: NetworkTrim
+    share: float
+    num_solved: int
+    """Tries that were made for it."""
+
+
+class ShareSearch:
+    """Tries of a network, by the share that each was made for."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        w: Float[Tensor, " d"],
+        settings: TrimOptions,
+        on_try: Callable[[NetworkTrim], object] | None,
+    ) -> None:
+        self._objective, self._w, self._settings = objective, w, settings
+        self._on_try = on_try
+        # In a cascade, inputs differ from try to try.
+        self._known: dict[str, list[GroupProblem]] | None = None
+        if settings.mode == "parallel":
+            self._known = {}
+        self._zeros: dict[float, int] = {}
+        self._trims: dict[float, tuple[NetworkTrim, list[warnings.WarningMessage]]] = {}
+
+    def reach(self, wanted: int, slack: float, max_tries: int) -> Found:
+        """Return what comes nearest to a number of zeros, that of the tries before or larger.
+
+        Args:
+            wanted: Zeros.
+            slack: How many fewer will do.
+            max_tries: Budget.
+
+        Warns:
+            ConvergenceWarning: As ``net_trim``, for the try that is taken.
+            CalibrationWarning: The same.
+        """
+        num_solved = 0
+        while num_solved < max_tries and not any(
+            0 <= wanted - zeros <= slack for zeros in self._zeros.values()
+        ):
+            # Every third halves: where zeros jump, interpolation creeps.
+            aim = None if num_solved % 3 == 2 else wanted - slack / 2
+            self._try(next_share(self._zeros, wanted, aim))
+            num_solved += 1
+        share = self._nearest(wanted)
+        trim, told = self._trims[share]
+        for warning in told:
+            warnings.warn(str(warning.message), warning.category, stacklevel=4)
+        # What has fewer zeros is nearest to no number that comes.
+        for other in [g for g in self._trims if self._zeros[g] < self._zeros[share]]:
+            del self._trims[other]
+        return Found(trim, share, num_solved)
+
+    def _nearest(self, wanted: int) -> float:
+        """Return the share that came nearest from below, or from above if none is below."""
+
+        def order(share: float) -> tuple[bool, int]:
+            zeros = self._zeros[share]
+            return zeros > wanted, abs(wanted - zeros)
+
+        return min(self._trims, key=order)
+
+    def _try(self, share: float) -> None:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trim = trim_network(
+                self._objective,
+                self._w,
+                replace(self._settings, epsilon=share),
+                known=self._known,
+            )
+        self._zeros[share] = int((~trim.mask).sum())
+        self._trims[share] = trim, told
+        if self._on_try is not None:
+            self._on_try(trim)
+
+
+def next_share(zeros: Mapping[float, int], wanted: int, aim: float | None) -> float:
+    """Return the share ε to try next, between those that gave fewer and more zeros than wanted.
+
+    Args:
+        zeros: What shares that were tried gave.
+        wanted: Zeros of which there may be no more.
+        aim: Zeros to interpolate for, in the logarithm of the share, where both ends were tried.
+            Default: the middle.
+
+    Example:
+        >>> round(next_share({0.01: 100, 0.1: 300}, 250, 200.0), 4)
+        0.0316
+    """
+    high = min((g for g, count in zeros.items() if count > wanted), default=HIGHEST)
+    low = max((g for g, count in zeros.items() if count <= wanted and g < high), default=LOWEST)
+    part = 0.5
+    if aim is not None and low in zeros and high in zeros:
+        part = (aim - zeros[low]) / (zeros[high] - zeros[low])
+    part = min(max(part, EDGE), 1.0 - EDGE)
+    return math.exp((1.0 - part) * math.log(low) + part * math.log(high))
