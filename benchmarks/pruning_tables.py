@@ -141,7 +141,6 @@ PLANS = {
         (),
         10_000,
         sparsities=(0.98, 0.99),
-        seeds=(0,),
     ),
     # At most 250 products. The settings are those chosen for LeNet-300-100.
     "lenet-5": Plan(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from scipy.stats import chi2, t
+from scipy.special import chdtri, stdtrit
 from torch import Tensor
 
 from hessian.diagonals import exact_diagonal
@@ -53,7 +53,7 @@ class TraceEstimate:
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
-        reach = float(t.ppf(0.5 + level / 2, len(self.samples) - 1)) * self.standard_error
+        reach = float(stdtrit(len(self.samples) - 1, 0.5 + level / 2)) * self.standard_error
         return self.value - reach, self.value + reach
 
 
@@ -169,7 +169,7 @@ def _affordable(operator: Operator, method: TraceMethod, wanted: int, max_produc
 
 def _upper_factor(count: int) -> float:
     """Upper 95 % confidence limit of a standard deviation over its estimate, normal samples."""
-    return math.sqrt((count - 1) / float(chi2.ppf(0.05, count - 1)))
+    return math.sqrt((count - 1) / float(chdtri(count - 1, 0.95)))
 
 
 def _require_options(

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import scipy.stats
 import torch
 from jaxtyping import Float, Float64
+from scipy.special import betaincinv
 from torch import Tensor
 
 # Beyond this, coordinates of weights in float32 (eps 1.2e-7) keep no certain digit.
@@ -203,8 +203,8 @@ def random_share_interval(k: int, d: int, *, level: float = 0.95) -> tuple[float
         raise ValueError(f"`level` must be in (0, 1), got {level}.")
     if k == d:
         return 1.0, 1.0
-    squared = scipy.stats.beta(k / 2, (d - k) / 2)
-    return math.sqrt(squared.ppf((1 - level) / 2)), math.sqrt(squared.ppf((1 + level) / 2))
+    low, high = (betaincinv(k / 2, (d - k) / 2, (1 + side * level) / 2) for side in (-1, 1))
+    return math.sqrt(low), math.sqrt(high)
 
 
 def _scaled_gram(basis: Tensor) -> tuple[Tensor, Tensor]:

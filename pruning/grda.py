@@ -7,10 +7,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hessian.errors import NonFiniteError
+from hessian.unsharded import is_sharded
 from pruning.grda_checks import check_options, check_parameters, check_state, check_target
 from pruning.grda_fused import FusedStep, compiled_kernels
 from pruning.grda_numbers import Group, grow, grow_on_device, place
@@ -321,7 +321,7 @@ class GRDA(Optimizer):
             dual = state.get("dual")
             if dual is None:
                 dual = state["dual"] = p.detach().clone()
-            if isinstance(p, DTensor):
+            if is_sharded(p):
                 p, dual, grad = local(p), local(dual), local_gradient(p, grad)
             params.append(p)
             duals.append(dual)

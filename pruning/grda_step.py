@@ -1,22 +1,26 @@
 """One step of gRDA on a list of plain tensors, in the forms between which ``GRDA`` chooses."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import softshrink
+
+from hessian.unsharded import is_sharded
 
 FEW = 1 << 16
 """Elements of a tensor below which, on CUDA, a launch costs more than five passes over it."""
 
 
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """Return the part of a tensor that this rank holds, sharing its memory."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    part: Tensor = t.to_local() if is_sharded(t) else t
+    return part
 
 
-def local_gradient(p: Tensor, grad: Tensor) -> Tensor:
+def local_gradient(p: Any, grad: Any) -> Tensor:
     """Return the gradient of this rank's part of p."""
-    if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
+    if is_sharded(p) and is_sharded(grad) and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
     return local(grad)
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+
+from hessian.unsharded import is_sharded
+from pruning.grda_step import local
 
 Number = float | int | Tensor
 
@@ -71,7 +73,7 @@ def constant_for(
     alike: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
     for duals, threshold, reach in groups:
         for v in duals:
-            layout = (v.device_mesh, v.placements) if isinstance(v, DTensor) else v.device
+            layout = _layout(v)
             _, parts = alike.setdefault(layout, (v, []))
             parts.append(_needed(v, threshold, reach, stride))
     histograms = [_over_ranks(_histogram(torch.cat(parts)), v) for v, parts in alike.values()]
@@ -88,8 +90,7 @@ def constant_for(
 
 def _needed(v: Tensor, threshold: Number, reach: Number, stride: int) -> Tensor:
     """The c that zeroes each coordinate, of every ``stride``-th one on this rank."""
-    local = v.to_local() if isinstance(v, DTensor) else v
-    c = local.detach().reshape(-1)[::stride].abs().float().sub_(threshold).div_(reach)
+    c = local(v).detach().reshape(-1)[::stride].abs().float().sub_(threshold).div_(reach)
     return c.nan_to_num_(0.0, torch.inf).clamp_(min=0.0)
 
 
@@ -99,10 +100,16 @@ def _histogram(values: Tensor) -> Tensor:
     return counts.scatter_add_(0, bins, torch.ones_like(bins))
 
 
-def _over_ranks(counts: Tensor, v: Tensor) -> Tensor:
+def _layout(v: Any) -> Hashable:
+    return (v.device_mesh, v.placements) if is_sharded(v) else v.device
+
+
+def _over_ranks(counts: Tensor, v: Any) -> Tensor:
     """Add up over the ranks that hold different parts of v."""
-    if not isinstance(v, DTensor):
+    if not is_sharded(v):
         return counts
+    from torch.distributed.tensor import DTensor, Partial  # takes as long as torch itself
+
     placements = [Partial() if p.is_shard() else p for p in v.placements]
     total: Tensor = DTensor.from_local(counts, v.device_mesh, placements).full_tensor()
     return total
@@ -110,6 +117,6 @@ def _over_ranks(counts: Tensor, v: Tensor) -> Tensor:
 
 def num_zeros(p: Tensor) -> Tensor:
     """Return how many entries of a parameter are zero, over all ranks, as a 0-d tensor."""
-    local = p.to_local() if isinstance(p, DTensor) else p
-    zeros = local.numel() - torch.count_nonzero(local.detach())
+    part = local(p)
+    zeros = part.numel() - torch.count_nonzero(part.detach())
     return _over_ranks(zeros, p)

@@ -14,7 +14,7 @@ from flatvalley.studies.verify import verify as run_study
 from flatvalley.studies.verify_figures import draw_all
 from flatvalley.studies.verify_report import console_summary, write_verify_report
 
-_DEFAULT = VerifyConfig()
+_DEFAULT = VerifyConfig  # the class has the defaults; an object looks at the data
 
 
 def verify(

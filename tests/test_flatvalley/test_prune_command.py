@@ -487,7 +487,8 @@ def test_what_net_trim_measured_is_in_tables_and_report(folder, trained):
         assert row["reason"] == layer.reason and row["converged"] == "True"
     assert evidence["discrepancy"] == pytest.approx(trim.discrepancy, rel=1e-4)
     assert evidence["output_norm"] == pytest.approx(trim.output_norm, rel=1e-6)
-    assert evidence["bound"] is trim.bound is None  # batch norm is no part of a chain
+    assert trim.bound is not None and trim.discrepancy <= trim.bound
+    assert evidence["bound"] == pytest.approx(trim.bound, rel=1e-4)
     x = torch.cat([inputs for inputs, _ in dense.batches])
     cut = dense.with_weights(flat(out / "weights.safetensors"), recalibrate=False)
     with torch.no_grad():
@@ -496,7 +497,7 @@ def test_what_net_trim_measured_is_in_tables_and_report(folder, trained):
     assert evidence["weights_cut"] == math.ceil(0.6 * SIZE) - int((~trim.mask).sum()) > 0
     html = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
     assert "What Net-Trim measured on every layer" in html
-    assert "the layers prove no bound of that" in html
+    assert "prove that it is at most" in html
     assert "Iterations of the layers' programs" in html.replace("&#x27;", "'").replace("&#39;", "'")
     networks = {row["network"]: row for row in rows(out / "tables" / "networks.csv")}
     iterations = int(networks["pruned"]["iterations"])
