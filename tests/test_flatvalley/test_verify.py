@@ -99,7 +99,7 @@ def test_controls_are_what_they_are_called(finished):
 
 
 def test_networks_that_never_learned_do_not_pass(tmp_path):
-    options = ["--gamma=30", "--gamma=0.4", "--time=120", "--seeds=1", "--hidden=3", "--k=2"]
+    options = ["--gamma=30", "--gamma=0.4", "--time=60", "--seeds=1", "--hidden=3", "--k=2"]
     done = flatvalley("verify", *options, "--out", tmp_path / "run")
     assert done.returncode in (1, 3), done.stdout
     if done.returncode == 1:
