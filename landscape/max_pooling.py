@@ -24,7 +24,7 @@ def poolings(model: nn.Module) -> list[nn.MaxPool2d]:
 def pooling_by_slices(modules: list[nn.MaxPool2d]) -> Iterator[None]:
     """Let modules take maxima of whole slices: the same bits, without the indices torch notes.
 
-    With 20 channels that takes a quarter of the time on a CPU. Outputs have no gradient.
+    With 20 channels that takes about a third of the time on a CPU. Outputs have no gradient.
 
     Args:
         modules: From `poolings`.
