@@ -16,7 +16,7 @@ from torch import nn
 
 from pruning import NetworkTrim, net_trim
 
-WIDTH, HIDDEN, SAMPLES = 256, 4, 4000
+WIDTH, HIDDEN, SAMPLES = 256, 4, 8000
 
 TINY_WIDTH, TINY_SAMPLES = 24, 100
 """With the argument ``tiny``: to see that it runs. Nothing is written then."""

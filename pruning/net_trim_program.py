@@ -42,7 +42,10 @@ Progress: TypeAlias = Callable[[int, int], None]
 RHO, RELAXATION, TOL, MAX_ITERATIONS = 1.0, 1.6, 1e-4, 3000
 
 CHECK = 20
-"""Iterations between two looks at the residuals; with float32 products a look costs one more."""
+"""Iterations between two looks at the residuals."""
+
+ANCHOR = 3 * CHECK
+"""Iterations between two anchors, which with float32 products cost as much as one."""
 
 
 class LayerProgram:
@@ -245,7 +248,8 @@ class LayerProgram:
                 touches = epsilon == 0.0 or abs(trim.ratio - 1.0) <= tol
                 if last or (trim.converged and (touches or work.ball_is_loose)):
                     break
-            work.anchor()
+            if k % ANCHOR == 0:
+                work.anchor()
             if k >= balanced:
                 balanced = k + k // 4
                 work.balance(measures)

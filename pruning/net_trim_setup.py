@@ -51,14 +51,14 @@ def splitting_of(
     C.diagonal().add_(1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(C))
     dtype = torch.float64 if options.precision == "full" else torch.float32
-    T = targets.X.new_empty(len(targets.X), len(W), dtype=dtype)
+    T = targets.X.new_empty(len(W), len(targets.X), dtype=dtype)
     active = None
     if targets.kind == "relu":
         active = torch.empty(T.shape, dtype=torch.bool, device=T.device)
     for rows, _, goal, near in targets.chunks():
-        T[rows] = goal.div_(c0).to(dtype)
+        T[:, rows] = goal.div_(c0).T
         if active is not None and near is not None:
-            active[rows] = near
+            active[:, rows] = near.T
     return Splitting(
         targets.X.to(dtype),
         T,
@@ -70,7 +70,7 @@ def splitting_of(
         rho=options.rho,
         joint=options.joint,
         relaxation=options.relaxation,
-        block=options.chunk,
+        block=None if options.chunk is None else options.chunk * len(W),
     )
 
 

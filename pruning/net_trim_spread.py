@@ -97,15 +97,23 @@ def _exchanged(
 
 def _own(objective: Objective, layers: Sequence[FoundLayer], ranks: Ranks) -> list[FoundLayer]:
     """Return this rank's layers: the largest one left goes to the rank that has least to do."""
-    costs = {layer.weight: _cost(objective, layer) for layer in layers}
     work = [0.0] * ranks.size
     own = []
-    for layer in sorted(layers, key=lambda layer: -costs[layer.weight]):
+    for layer in _longest_first(objective, layers):
         rank = work.index(min(work))
-        work[rank] += costs[layer.weight]
+        work[rank] += _cost(objective, layer)
         if rank == ranks.rank:
             own.append(layer)
     return [layer for layer in layers if layer in own]
+
+
+def _longest_first(objective: Objective, layers: Sequence[FoundLayer]) -> list[FoundLayer]:
+    """Return layers by what an iteration costs.
+
+    Of those that cost the same the later come first: what goes into them is more correlated, and
+    they take more iterations.
+    """
+    return sorted(layers, key=lambda layer: _cost(objective, layer))[::-1]
 
 
 def _cost(objective: Objective, layer: FoundLayer) -> float:
@@ -126,7 +134,7 @@ def _by_workers(
     recipe: Recipe, layers: Sequence[FoundLayer], workers: int
 ) -> Generator[tuple[FoundLayer, SolvedLayer], None, None]:
     """Yield layers as they are solved; the largest ones are begun first."""
-    jobs = sorted(layers, key=lambda layer: -_cost(recipe.objective, layer))
+    jobs = _longest_first(recipe.objective, layers)
     results = by_workers(_served, recipe, jobs, workers=workers, threads=torch.get_num_threads())
     try:
         with closing(results):

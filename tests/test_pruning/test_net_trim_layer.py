@@ -314,7 +314,7 @@ def test_rounding_of_moves_is_made_good():
     drifted = work._U.clone()
     work.anchor()
     C = X.T @ X / work.c0**2 + torch.eye(51).double()
-    R = (work._v + work._T).double().T @ X / work.c0 + work._V.double()
+    R = (work._v + work._T).double() @ X / work.c0 + work._V.double()
     exact = torch.linalg.solve(C, R.T).T
     assert_close(work._U.double(), exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
     assert float((drifted - exact).norm()) > 10 * float((work._U - exact).norm())
@@ -416,7 +416,7 @@ def test_progress_and_start_are_heard():
     program = LayerProgram(W, X)
     work = program.split()
     work.start_at(W)
-    assert_close(work._v, X @ W.T / work.c0 - work._T)  # as if projected on the graph
+    assert_close(work._v, W @ X.T / work.c0 - work._T)  # as if projected on the graph
     work.step(0.0)
     assert_close(work.sparse, torch.sign(W) * (W.abs() - work.unit).clamp(min=0.0))
     near = net_trim_layer(W, X, epsilon=3.0, tol=1e-6, start=trim.weights)
