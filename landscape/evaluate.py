@@ -22,14 +22,14 @@ from landscape.batch_norm import BatchNorm, BatchNormKind, as_batch_norm
 from landscape.combinations import describe_path
 from landscape.paths import Path
 from landscape.planes import Plane
-from landscape.plans import Plan, Speed, UnsuitableError, choose_plan
+from landscape.plans import LARGEST_BATCH_SIZE, Plan, Speed, UnsuitableError, choose_plan
 from landscape.point_meter import PER_SAMPLE, Metric, PointMeter, require_metrics
 from landscape.records import Evaluation, Sweep
 from landscape.shards import Shards, identity
 from landscape.spread import Progress as Progress
 from landscape.spread import Recipe, measure_all, threads
 
-PROBE_SAMPLES = 2048
+PROBE_SAMPLES = LARGEST_BATCH_SIZE
 TOLERANCE = {torch.float64: 1e-10}
 """Largest relative difference of a loss from the plain way, by type; 1e-5 for others."""
 

@@ -1,8 +1,10 @@
-"""The first layer's output at any point of a path or plane, from its outputs at a few."""
+"""The layer that alone stands between a model's inputs and all else that has weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from hessian.batches import Batch, first_samples
 from hessian.objective import Objective
-from landscape.combinations import Combination, combine_
+from landscape.max_pooling import pair, poolings, window_places
 
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-REUSE_BYTES = 2 << 30
-"""Outputs that take more than this are computed at every point instead."""
+KEEP_ORDER = (nn.ReLU, nn.ReLU6)
+"""Functions that do not care whether the maximum is taken before or after them, to the bit."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class FirstLayer:
     module: nn.Module
     alone: bool = False
     """Whether nothing else in the model uses its weights."""
+    pooling: nn.MaxPool2d | None = None
+    """What alone sees its outputs, changed by nothing but `KEEP_ORDER`."""
 
     @property
     def names(self) -> list[str]:
@@ -40,12 +44,37 @@ class FirstLayer:
         parts = objective.unflatten(v)
         return {name.rpartition(".")[2]: parts[name] for name in self.names}
 
+    def outputs(self, weights: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return what comes out: its maximum is what is pooled, if that is all that is seen."""
+        out: Tensor = functional_call(self.module, weights, inputs)
+        if self.pooling is None:
+            return (out,)
+        return window_places(pair(self.pooling.kernel_size), out)
+
+    @contextmanager
+    def returning(self, out: Tensor) -> Iterator[None]:
+        """Let the layer return this, and the pooling in its first call what it is given."""
+        stand_ins: dict[nn.Module, Callable[..., Tensor]] = {self.module: lambda *_: out}
+        if self.pooling is not None:
+            pool, calls = self.pooling.forward, count()
+            stand_ins[self.pooling] = lambda x: pool(x) if next(calls) else x
+        before = {m: vars(m)["forward"] for m in stand_ins if "forward" in vars(m)}
+        for module, forward in stand_ins.items():
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in stand_ins:
+                del module.forward
+            for module, forward in before.items():
+                module.forward = forward
+
 
 def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
     """Return the first layer if its output is affine in the weights on fixed inputs, else None.
 
     It must be linear or a convolution, run once in a forward pass, and see an input that depends on
-    no weight and no running statistics. Costs two forward passes over a few samples.
+    no weight and no running statistics. Costs some forward passes over a few samples.
     """
     few = first_samples(batch, 2)
     modules = {m: name for name, m in objective.model.named_modules() if _holds_state(m)}
@@ -60,7 +89,7 @@ def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
     try:
         with torch.no_grad():
             runs = []
-            for other in (w, 0.5 * w + 0.01):
+            for other in (w, _elsewhere(w)):
                 calls.clear()
                 objective.output(other, few)
                 runs.append(list(calls))
@@ -79,85 +108,19 @@ def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
         and again is not None
         and torch.equal(seen, again)
     )
-    return replace(layer, alone=_is_alone(layer, objective, few)) if suits else None
-
-
-class ReusedOutputs:
-    """Outputs of the first layer on some batches at every vector of a combination.
-
-    Memory: as many outputs as there are vectors, one more, and that of one batch, which is where
-    the layer's output is written on every batch, so that it stays in a cache.
-
-    Args:
-        layer: The first layer.
-        objective: Whose model it belongs to.
-        batches: What the model is run on.
-        combination: Of the path or plane.
-    """
-
-    def __init__(
-        self,
-        layer: FirstLayer,
-        objective: Objective,
-        batches: list[Batch],
-        combination: Combination,
-        *,
-        channels_last: bool = False,
-    ) -> None:
-        self._layer = layer
-        self._coefficients: tuple[float, ...] = ()
-        form = torch.channels_last if channels_last else torch.contiguous_format
-        parts = [layer.weights(objective, v) for v in combination.vectors]
-        self._terms: list[tuple[Tensor, ...]] = []
-        with torch.no_grad():
-            for batch in batches:
-                inputs = _input_of(layer.module, objective, batch)
-                outputs = [functional_call(layer.module, part, inputs) for part in parts]
-                self._terms.append(tuple(_in_format(out, form) for out in outputs))
-        self._begun: list[tuple[tuple[float, ...], Tensor] | None] = [None] * len(batches)
-        self._out = {terms[0].shape: torch.empty_like(terms[0]) for terms in self._terms}
-
-    def move_to(self, coefficients: tuple[float, ...]) -> None:
-        """Take another point."""
-        self._coefficients = coefficients
-
-    @contextmanager
-    def standing_in(self, i: int) -> Iterator[None]:
-        """Let the layer return its output on batch i at the point, instead of computing it."""
-        with _standing_in(self._layer.module, self._output(i)):
-            yield
-
-    def _output(self, i: int) -> Tensor:
-        # All terms but the last are the same along a row of a grid, and are kept.
-        *head, last = self._terms[i]
-        *front, c = self._coefficients
-        begun = self._begun[i]
-        if begun is None:
-            begun = self._begun[i] = (), torch.empty_like(last)
-        if begun[0] != tuple(front):
-            combine_(begun[1], tuple(head), tuple(front))
-            self._begun[i] = tuple(front), begun[1]
-        return torch.add(begun[1], last, alpha=c, out=self._out[last.shape])
-
-
-def bytes_per_sample(
-    layer: FirstLayer, objective: Objective, batch: Batch, combination: Combination
-) -> int:
-    """Return what `ReusedOutputs` takes for each sample."""
-    with torch.no_grad():
-        out: Tensor = functional_call(
-            layer.module,
-            layer.weights(objective, combination.vectors[0]),
-            _input_of(layer.module, objective, first_samples(batch, 2)),
-        )
-    return (len(combination.vectors) + 1) * out[:1].numel() * out.element_size()
+    if not suits:
+        return None
+    layer = replace(layer, alone=_is_alone(layer, objective, few))
+    pooled = replace(layer, pooling=_pooling_of(layer, objective, few))
+    return pooled if _is_seen_through(pooled, objective, few) else layer
 
 
 class _ReachedError(Exception):
     """Ends a forward pass at the first layer."""
 
 
-def _input_of(module: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+def input_of(module: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+    """Return what a module is given in a forward pass, which ends there."""
     seen: list[Tensor] = []
 
     def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -181,31 +144,73 @@ def _is_alone(layer: FirstLayer, objective: Objective, batch: Batch) -> bool:
     changed = weights | {name: torch.full_like(weights[name], torch.nan) for name in layer.names}
     outputs: list[Any] = []
     with torch.no_grad():
-        inputs = _input_of(layer.module, objective, batch)
+        inputs = input_of(layer.module, objective, batch)
         first = functional_call(layer.module, layer.weights(objective, w), inputs)
         for each in (weights, changed):
-            with _standing_in(layer.module, first.clone()):
+            with layer.returning(first.clone()):
                 found = objective.run_at(each, lambda output: output(batch))
-            outputs += tree_leaves(found)
-    half = len(outputs) // 2
-    pairs = zip(outputs[:half], outputs[half:], strict=True)
-    return all(isinstance(a, Tensor) and torch.equal(a, b) for a, b in pairs)
+            outputs.append(found)
+    return _equal(*outputs)
 
 
-@contextmanager
-def _standing_in(module: nn.Module, out: Tensor) -> Iterator[None]:
-    """Let a module return this instead of running."""
-    module.forward = lambda *_: out
+def _pooling_of(layer: FirstLayer, objective: Objective, batch: Batch) -> nn.MaxPool2d | None:
+    """Return the max pooling that a layer's outputs reach, changed by nothing but `KEEP_ORDER`."""
+    pools = poolings(objective.model)
+    known = [m for m in objective.model.modules() if type(m) in KEEP_ORDER]
+    now: list[tuple[Tensor, int]] = []
+    found: list[nn.MaxPool2d] = []
+
+    def hear(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if module is layer.module:
+            now[:] = [(output, output._version)]
+        elif now and not found and len(arguments) == 1 and arguments[0] is now[0][0]:
+            # Changes in place are counted; a module that makes one itself returns its argument.
+            as_it_was = arguments[0]._version == now[0][1] + (output is arguments[0])
+            if as_it_was and isinstance(module, nn.MaxPool2d):
+                found.append(module)
+            now[:] = [(output, output._version)] if as_it_was else []
+
+    handles = [module.register_forward_hook(hear) for module in (layer.module, *pools, *known)]
     try:
-        yield
+        with torch.no_grad():
+            objective.output(objective.weights(), batch)
     finally:
-        del module.forward
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _is_seen_through(layer: FirstLayer, objective: Objective, batch: Batch) -> bool:
+    """Whether the model's output is the same if maxima stand in for all that the layer gives."""
+    if layer.pooling is None:
+        return False
+    at_the_weights = objective.weights()
+    with torch.no_grad():
+        inputs = input_of(layer.module, objective, batch)
+        for w in (at_the_weights, _elsewhere(at_the_weights)):
+            expected = objective.output(w, batch)
+            places = layer.outputs(layer.weights(objective, w), inputs)
+            try:
+                with layer.returning(reduce(torch.maximum, places)):
+                    found = objective.output(w, batch)
+            except RuntimeError:  # of shapes: something else has seen it
+                return False
+            if not _equal(found, expected):
+                return False
+    return True
+
+
+def _elsewhere(w: Tensor) -> Tensor:
+    """Return weights none of which is 0 where it was, such as those that switch a branch off."""
+    return 0.5 * w + 0.01
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    """Whether two outputs of a model are the same to the bit."""
+    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    return all(isinstance(a, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
 def _holds_state(module: nn.Module) -> bool:
     own = any(True for _ in module.named_parameters(recurse=False))
     return own or isinstance(module, _BatchNorm)
-
-
-def _in_format(out: Tensor, form: torch.memory_format) -> Tensor:
-    return out.contiguous(memory_format=form) if out.ndim == 4 else out.contiguous()

@@ -15,8 +15,8 @@ def poolings(model: nn.Module) -> list[nn.MaxPool2d]:
         for module in model.modules()
         if type(module) is nn.MaxPool2d
         and not (module.return_indices or module.ceil_mode)
-        and _pair(module.stride) == _pair(module.kernel_size)
-        and (_pair(module.padding), _pair(module.dilation)) == ((0, 0), (1, 1))
+        and pair(module.stride) == pair(module.kernel_size)
+        and (pair(module.padding), pair(module.dilation)) == ((0, 0), (1, 1))
     ]
 
 
@@ -30,13 +30,22 @@ def pooling_by_slices(modules: list[nn.MaxPool2d]) -> Iterator[None]:
         modules: From `poolings`.
     """
     for module in modules:
-        sliced = partial(_pool, _pair(module.kernel_size), module.forward)
+        sliced = partial(_pool, pair(module.kernel_size), module.forward)
         module.forward = sliced  # type: ignore[method-assign]
     try:
         yield
     finally:
         for module in modules:
             del module.forward
+
+
+def window_places(kernel: tuple[int, int], x: Tensor) -> tuple[Tensor, ...]:
+    """Return views of the entries at the first place of all windows, at the second, and so on."""
+    rows, columns = kernel
+    height, width = (x.shape[-2] // rows) * rows, (x.shape[-1] // columns) * columns
+    return tuple(
+        x[..., i:height:rows, j:width:columns] for i in range(rows) for j in range(columns)
+    )
 
 
 def _pool(kernel: tuple[int, int], otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -50,5 +59,6 @@ def _pool(kernel: tuple[int, int], otherwise: Callable[[Tensor], Tensor], x: Ten
     return reduce(torch.maximum, (x[..., i:width:columns] for i in range(columns)))
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """Return a kernel size as rows and columns."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -14,6 +14,8 @@ WORTHWHILE_SECONDS = 4.0
 WORTHWHILE_POINTS = 200.0
 """Work below these is done the plain way: choosing would cost more than it saves."""
 BATCH_SIZES = (64, 256, 1024)
+LARGEST_BATCH_SIZE = 2048
+"""Tried where 1024 was the best; a probe has no more samples."""
 REDUCED_TOLERANCE = 0.05
 """The same beside a reduced precision, which moves losses by itself."""
 GAIN = 0.95
@@ -31,7 +33,8 @@ class Plan:
         channels_last: Whether images and kernels lie in memory with the channels last; on a CPU,
             windows of max pooling that do not overlap are then compared slice by slice.
         reuse_first_layer: Whether the first layer's outputs are combined from those at the origin
-            and along the directions, which is exact but for rounding.
+            and along the directions, which is exact but for rounding; and max pooled as that is
+            done, if nothing but ReLU and such a pooling come after it.
         precision: ``"bfloat16"`` runs the forward passes for loss and error under autocast.
         threads: Threads within an operation; 0: as torch is set.
         deviation: Largest relative difference of the loss from the plain way on the probe points;
@@ -136,6 +139,8 @@ def choose_plan(
     consider(replace(best, reuse_first_layer=True))
     for batch_size in BATCH_SIZES:
         consider(replace(best, batch_size=batch_size))
+    if best.batch_size == BATCH_SIZES[-1]:
+        consider(replace(best, batch_size=LARGEST_BATCH_SIZE))
     return best
 
 

@@ -15,18 +15,13 @@ from hessian.precision import in_precision
 from hessian.products import hessian_operator
 from landscape.batch_norm import BatchNorm, PointStatistics
 from landscape.combinations import as_combination, write_weights_
-from landscape.first_layer import (
-    REUSE_BYTES,
-    FirstLayer,
-    ReusedOutputs,
-    bytes_per_sample,
-    find_first_layer,
-)
+from landscape.first_layer import FirstLayer, find_first_layer
 from landscape.max_pooling import pooling_by_slices, poolings
 from landscape.paths import Path
 from landscape.planes import Plane
 from landscape.plans import Plan, UnsuitableError
 from landscape.resident import ResidentData
+from landscape.reused_outputs import REUSE_BYTES, ReusedOutputs, bytes_per_sample
 from landscape.zero_one import zero_one_loss
 
 Metric: TypeAlias = Literal["loss", "error", "gradient_norm", "top_eigenvalue", "bottom_eigenvalue"]

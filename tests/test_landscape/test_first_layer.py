@@ -1,5 +1,7 @@
 """The first layer's output, combined instead of computed: where it holds, and where it must not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,48 @@ class Twice(nn.Module):
         return self.layer(torch.relu(self.layer(x.flatten(1))))
 
 
+class Skips(nn.Module):
+    """Shows the first layer's outputs to something else too, by a weight that is 0 at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(1, 3, 3), nn.MaxPool2d(2)
+        self.share = nn.Conv2d(3, 3, 1, groups=3, bias=False)
+        nn.init.zeros_(self.share.weight)
+
+    def forward(self, x):
+        c = self.conv(x)
+        return (self.pool(c) + self.share(c)[..., ::2, ::2]).flatten(1)
+
+
+class Changed(nn.Module):
+    """Changes the first layer's outputs before a pooling; in place only where they are low."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.conv, self.pool, self.inplace = nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), inplace
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        c = self.conv(x)
+        c = c.masked_fill_(c < -4, 9.0) if self.inplace else c.abs()
+        return self.pool(self.relu(c)).flatten(1)
+
+
+class OnePooling(nn.Module):
+    """Pools twice with one module, the first layer's outputs first or the images."""
+
+    def __init__(self, images=False):
+        super().__init__()
+        self.conv, self.pool, self.images = nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d(2), images
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        x = self.pool(x) if self.images else x
+        x = self.pool(self.relu(self.conv(x)))
+        return (x if self.images else self.pool(torch.tanh(x))).flatten(1)
+
+
 class Shared(nn.Module):
     """Uses the first layer's matrix again, as a tied decoder."""
 
@@ -61,7 +105,26 @@ SUITS = {
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)
     ),
     "shared": Shared,
+    "pooled, odd": lambda: nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.MaxPool2d((2, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)
+    ),
+    "relu, pooled": lambda: nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+    ),
+    "inplace, pooled": lambda: nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU6(inplace=True), nn.MaxPool2d(2), nn.Flatten()
+    ),
+    "tanh, pooled": lambda: nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()
+    ),
+    "one pooling": OnePooling,
+    "images pooled too": lambda: OnePooling(images=True),
+    "skips": Skips,
+    "changed": lambda: Changed(inplace=False),
+    "changed in place": lambda: Changed(inplace=True),
 }  # fmt: skip
+POOLED = {"pooled, odd", "relu, pooled", "inplace, pooled", "one pooling"}
+"""Those of them in which only a max pooling sees the first layer's outputs."""
 DOES_NOT = {
     "weights before": Positions,
     "twice": Twice,
@@ -87,7 +150,8 @@ def first(output):
 
 @pytest.mark.parametrize("kind", SUITS)
 @pytest.mark.parametrize("shape", ["plane", "line", "bezier"])
-def test_combined_outputs_give_the_same_loss(kind, shape):
+@pytest.mark.parametrize("channels_last", [False, True], ids=["usual", "channels last"])
+def test_combined_outputs_give_the_same_loss(kind, shape, channels_last):
     objective, w = build(kind)
     u, v = torch.randn(2, len(w), generator=torch.Generator().manual_seed(2), dtype=w.dtype)
     path, points = {
@@ -97,7 +161,8 @@ def test_combined_outputs_give_the_same_loss(kind, shape):
     }[shape]
     before = dict(vars(objective.model))
     plain = evaluate(objective, path, points, speed="plain")
-    found = evaluate(objective, path, points, speed=REUSE)
+    plan = replace(REUSE, channels_last=channels_last)
+    found = evaluate(objective, path, points, speed=plan)
     assert_close(found.total, plain.total, rtol=1e-12, atol=1e-12)
     assert_close(found.total_squares, plain.total_squares, rtol=1e-12, atol=1e-12)
     assert vars(objective.model) == before
@@ -117,6 +182,13 @@ def test_weights_that_something_else_uses_are_known(kind):
     objective, _ = build(kind)
     layer = find_first_layer(objective, next(objective.batches()))
     assert layer.alone == (kind != "shared")
+
+
+@pytest.mark.parametrize("kind", SUITS)
+def test_outputs_that_only_a_max_pooling_sees_are_known(kind):
+    objective, _ = build(kind)
+    layer = find_first_layer(objective, next(objective.batches()))
+    assert (layer.pooling is not None) == (kind in POOLED)
 
 
 def test_a_frozen_first_layer_is_left_to_the_model():

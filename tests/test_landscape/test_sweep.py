@@ -372,8 +372,10 @@ def test_a_plan_is_taken_only_if_it_agrees_and_wins(monkeypatch):
     monkeypatch.setattr("landscape.plans.time.perf_counter", lambda: clock[0])
     costs = {Plan(): 1.0, Plan(batch_size=64): 0.5, Plan(batch_size=256): 0.4}
     losses = {Plan(batch_size=256): [1.0, 2.0001]}
+    tried = []
 
     def make_probe(plan):
+        tried.append(plan.batch_size)
         key = Plan(batch_size=plan.batch_size, reuse_first_layer=plan.reuse_first_layer)
 
         def probe():
@@ -385,8 +387,14 @@ def test_a_plan_is_taken_only_if_it_agrees_and_wins(monkeypatch):
     choice = {"fixed": None, "tolerance": 1e-5}
     found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=1000.0, **choice)
     assert found == Plan(batch_size=64, deviation=0.0)  # 256 is off, the others no faster
+    assert 2048 not in tried  # 1024 was no faster
     found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=100.0, **choice)
     assert found == Plan(deviation=0.0)  # not worth a trial
+    tried.clear()
+    costs |= {Plan(batch_size=1024): 0.4, Plan(batch_size=2048): 0.35}
+    found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=1000.0, **choice)
+    assert found == Plan(batch_size=2048, deviation=0.0)
+    assert tried[-2:] == [1024, 2048]
 
 
 def test_deviation_is_relative_and_nan_where_only_one_is_finite():
