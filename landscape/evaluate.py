@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path as FilePath
@@ -22,7 +22,7 @@ from landscape.batch_norm import BatchNorm, BatchNormKind, as_batch_norm
 from landscape.combinations import describe_path
 from landscape.paths import Path
 from landscape.planes import Plane
-from landscape.plans import LARGEST_BATCH_SIZE, Plan, Speed, UnsuitableError, choose_plan
+from landscape.plans import LARGEST_BATCH_SIZE, Plan, Probe, Speed, UnsuitableError, choose_plan
 from landscape.point_meter import PER_SAMPLE, Metric, PointMeter, require_metrics
 from landscape.records import Evaluation, Sweep
 from landscape.shards import Shards, identity
@@ -291,12 +291,17 @@ def _plan(recipe: Recipe, rows: Tensor, speed: Speed | Plan, base: Plan, shards:
         return replace(base, deviation=0.0)
     if not any(metric in PER_SAMPLE for metric in recipe["metrics"]):
         return base
-    probes = rows[[0, len(rows) // 2, -1]]
+    middle = len(rows) // 2
+    far, near = rows[[0, middle, -1]], rows[middle : middle + 3]
     quick = tuple(metric for metric in recipe["metrics"] if metric in PER_SAMPLE)
 
-    def make_probe(plan: Plan) -> Callable[[], list[float]]:
+    def make_probe(plan: Plan) -> Probe:
         meter = PointMeter(**{**recipe, "metrics": quick, "plan": plan, "limit": PROBE_SAMPLES})
-        return lambda: [float(meter.measure(p)[0, 1]) for p in probes]
+        return Probe(
+            lambda: [float(meter.measure(point)[0, 1]) for point in far],
+            lambda: [meter.measure(point) for point in near],
+            len(near),
+        )
 
     most = max(o.num_samples for o in recipe["objectives"].values())
     first = next(iter(recipe["objectives"].values()))

@@ -1,7 +1,7 @@
 """The layer that alone stands between a model's inputs and all else that has weights."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import count
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hessian.batches import Batch, first_samples
 from hessian.objective import Objective
 from landscape.max_pooling import pair, poolings, window_places
+from landscape.stand_ins import standing_in
 
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KEEP_ORDER = (nn.ReLU, nn.ReLU6)
@@ -51,23 +52,13 @@ class FirstLayer:
             return (out,)
         return window_places(pair(self.pooling.kernel_size), out)
 
-    @contextmanager
-    def returning(self, out: Tensor) -> Iterator[None]:
+    def returning(self, out: Tensor) -> AbstractContextManager[None]:
         """Let the layer return this, and the pooling in its first call what it is given."""
-        stand_ins: dict[nn.Module, Callable[..., Tensor]] = {self.module: lambda *_: out}
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {self.module: lambda *_: out}
         if self.pooling is not None:
             pool, calls = self.pooling.forward, count()
-            stand_ins[self.pooling] = lambda x: pool(x) if next(calls) else x
-        before = {m: vars(m)["forward"] for m in stand_ins if "forward" in vars(m)}
-        for module, forward in stand_ins.items():
-            module.forward = forward
-        try:
-            yield
-        finally:
-            for module in stand_ins:
-                del module.forward
-            for module, forward in before.items():
-                module.forward = forward
+            forwards[self.pooling] = lambda x: pool(x) if next(calls) else x
+        return standing_in(forwards)
 
 
 def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:

@@ -1,11 +1,12 @@
 """Max pooling of images with the channels last, by comparing slices instead of windows."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
+
+from landscape.stand_ins import Forwards
 
 
 def poolings(model: nn.Module) -> list[nn.MaxPool2d]:
@@ -20,23 +21,12 @@ def poolings(model: nn.Module) -> list[nn.MaxPool2d]:
     ]
 
 
-@contextmanager
-def pooling_by_slices(modules: list[nn.MaxPool2d]) -> Iterator[None]:
-    """Let modules take maxima of whole slices: the same bits, without the indices torch notes.
+def sliced_forwards(model: nn.Module) -> Forwards:
+    """Return what stands in for `poolings`: the same bits, without the indices torch notes.
 
     With 20 channels that takes about a third of the time on a CPU. Outputs have no gradient.
-
-    Args:
-        modules: From `poolings`.
     """
-    for module in modules:
-        sliced = partial(_pool, pair(module.kernel_size), module.forward)
-        module.forward = sliced  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    return {m: partial(_pool, pair(m.kernel_size), m.forward) for m in poolings(model)}
 
 
 def window_places(kernel: tuple[int, int], x: Tensor) -> tuple[Tensor, ...]:

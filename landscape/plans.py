@@ -16,9 +16,11 @@ WORTHWHILE_POINTS = 200.0
 BATCH_SIZES = (64, 256, 1024)
 LARGEST_BATCH_SIZE = 2048
 """Tried where 1024 was the best; a probe has no more samples."""
+TRIALS = 2
+"""Timed runs of a probe, of which the best counts."""
 REDUCED_TOLERANCE = 0.05
 """The same beside a reduced precision, which moves losses by itself."""
-GAIN = 0.95
+GAIN = 0.97
 """A way is taken if it takes at most this part of the time of the best so far."""
 
 
@@ -35,6 +37,8 @@ class Plan:
         reuse_first_layer: Whether the first layer's outputs are combined from those at the origin
             and along the directions, which is exact but for rounding; and max pooled as that is
             done, if nothing but ReLU and such a pooling come after it.
+        onednn_linear: Whether oneDNN runs the linear layers instead of torch's BLAS; for float32 on
+            a CPU.
         precision: ``"bfloat16"`` runs the forward passes for loss and error under autocast.
         threads: Threads within an operation; 0: as torch is set.
         deviation: Largest relative difference of the loss from the plain way on the probe points;
@@ -47,6 +51,7 @@ class Plan:
     batch_size: int | None = None
     channels_last: bool = False
     reuse_first_layer: bool = False
+    onednn_linear: bool = False
     precision: Literal["full", "bfloat16"] = "full"
     threads: int = 0
     deviation: float = math.nan
@@ -69,8 +74,28 @@ class Plan:
         return cls(**values | {"deviation": math.nan if deviation is None else deviation})
 
 
-Probe = Callable[[], Sequence[float]]
-"""Returns losses at the probe points."""
+@dataclass(frozen=True)
+class Probe:
+    """A plan on trial.
+
+    Args:
+        losses: Returns the losses at some points far apart.
+        run: Evaluates some points that follow each other.
+        num_points: How many those are.
+    """
+
+    losses: Callable[[], Sequence[float]]
+    run: Callable[[], object]
+    num_points: int
+
+    def seconds(self, clock: Callable[[], float]) -> float:
+        """Time of a point, after the plan has warmed up: the best of a few runs."""
+        best = math.inf
+        for _ in range(TRIALS):
+            began = clock()
+            self.run()
+            best = min(best, clock() - began)
+        return best / self.num_points
 
 
 class UnsuitableError(Exception):
@@ -93,7 +118,7 @@ def choose_plan(
         model: Whose layers decide what is worth trying.
         base: The plain way in the wanted precision.
         fixed: A plan to take without comparison; its deviation is measured.
-        work: Points to evaluate, in units of one probe point.
+        work: Points to evaluate, in units of one of the probe.
         tolerance: Largest relative difference of a loss that is accepted.
 
     Raises:
@@ -102,10 +127,10 @@ def choose_plan(
     if fixed is None and base.precision == "full" and work < WORTHWHILE_POINTS:
         return replace(base, deviation=0.0)
     plain = make_probe(replace(base, precision="full"))
-    truth = plain()
+    truth = plain.losses()
     if fixed is not None:
         try:
-            found = make_probe(fixed)()
+            found = make_probe(fixed).losses()
         except UnsuitableError as error:
             raise ValueError(
                 f"`speed` must be a plan that fits the model, the data and the path, got {fixed}."
@@ -114,12 +139,12 @@ def choose_plan(
     alone = base.threads == 1 and next(model.parameters()).device.type == "cpu"
     # What other processes do to the wall clock does not matter to one thread.
     clock = time.process_time if alone else time.perf_counter
-    best, best_time = replace(base, deviation=0.0), _seconds(plain, clock)
+    best, best_time = replace(base, deviation=0.0), plain.seconds(clock)
     if base.precision != "full":
         probe = make_probe(base)
-        best = replace(base, deviation=relative_deviation(probe(), truth))
-        best_time, tolerance = _seconds(probe, clock), REDUCED_TOLERANCE
-    if best_time / len(truth) * work < WORTHWHILE_SECONDS:
+        best = replace(base, deviation=relative_deviation(probe.losses(), truth))
+        best_time, tolerance = probe.seconds(clock), REDUCED_TOLERANCE
+    if best_time * work < WORTHWHILE_SECONDS:
         return best
 
     def consider(plan: Plan) -> None:
@@ -128,15 +153,16 @@ def choose_plan(
             probe = make_probe(plan)
         except UnsuitableError:
             return
-        deviation = relative_deviation(probe(), truth)
+        deviation = relative_deviation(probe.losses(), truth)
         if deviation <= tolerance:
-            seconds = _seconds(probe, clock)
+            seconds = probe.seconds(clock)
             if seconds <= GAIN * best_time:
                 best, best_time = replace(plan, deviation=deviation), seconds
 
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         consider(replace(best, channels_last=True))
     consider(replace(best, reuse_first_layer=True))
+    consider(replace(best, onednn_linear=True))
     for batch_size in BATCH_SIZES:
         consider(replace(best, batch_size=batch_size))
     if best.batch_size == BATCH_SIZES[-1]:
@@ -153,10 +179,3 @@ def relative_deviation(found: Sequence[float], truth: Sequence[float]) -> float:
         if math.isfinite(a) and a != b:
             worst = max(worst, abs(a - b) / max(abs(a), abs(b)))
     return worst
-
-
-def _seconds(probe: Probe, clock: Callable[[], float]) -> float:
-    """Time of one run, after one that warmed up."""
-    began = clock()
-    probe()
-    return clock() - began

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessian.batches import Batch, batch_length, first_samples, map_tensors
 from hessian.eigensolvers import leading_eigenspace
@@ -16,12 +16,14 @@ from hessian.products import hessian_operator
 from landscape.batch_norm import BatchNorm, PointStatistics
 from landscape.combinations import as_combination, write_weights_
 from landscape.first_layer import FirstLayer, find_first_layer
-from landscape.max_pooling import pooling_by_slices, poolings
+from landscape.max_pooling import sliced_forwards
+from landscape.onednn_linear import onednn_forwards
 from landscape.paths import Path
 from landscape.planes import Plane
 from landscape.plans import Plan, UnsuitableError
 from landscape.resident import ResidentData
 from landscape.reused_outputs import REUSE_BYTES, ReusedOutputs, bytes_per_sample
+from landscape.stand_ins import Forwards, standing_in
 from landscape.zero_one import zero_one_loss
 
 Metric: TypeAlias = Literal["loss", "error", "gradient_norm", "top_eigenvalue", "bottom_eigenvalue"]
@@ -75,8 +77,7 @@ class PointMeter:
         self._views = first.unflatten(self._w)
         self._kernels = self._channels_last_kernels() if plan.channels_last else {}
         self._weights = {**self._views, **self._kernels}
-        sliced = plan.channels_last and first.device.type == "cpu"
-        self._poolings = poolings(first.model) if sliced else []
+        self._forwards = _forwards(first, plan)
         layer = self._first_layer(first) if plan.reuse_first_layer else None
         self._written = [slice(0, first.size)]
         if layer is not None and layer.alone and set(metrics) <= set(PER_SAMPLE):
@@ -280,7 +281,7 @@ class _PreparedBatches:
                     found = output(batch)
                 take(found, batch)
 
-        with torch.no_grad(), pooling_by_slices(self._meter._poolings):
+        with torch.no_grad(), standing_in(self._meter._forwards):
             self._objective.run_at(self._meter._weights, work)
 
 
@@ -346,6 +347,19 @@ def _entries_without(objective: Objective, names: Sequence[str]) -> list[slice]:
                 found.append(slice(start, end))
         start = end
     return found
+
+
+def _forwards(objective: Objective, plan: Plan) -> Forwards:
+    """What stands in for modules of the model, by the plan."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    if plan.channels_last and objective.device.type == "cpu":
+        forwards |= sliced_forwards(objective.model)
+    if plan.onednn_linear:
+        linear = onednn_forwards(objective) if plan.precision == "full" else {}
+        if not linear:
+            raise UnsuitableError
+        forwards |= linear
+    return forwards
 
 
 def _first(batches: list[Batch], limit: int) -> list[Batch]:

@@ -6,7 +6,8 @@ from torch import nn
 
 from hessian import Objective
 from landscape import Line, Plan, evaluate
-from landscape.max_pooling import pooling_by_slices, poolings
+from landscape.max_pooling import poolings, sliced_forwards
+from landscape.stand_ins import standing_in
 
 
 def images(*, height=7, width=10, nan=False):
@@ -22,7 +23,7 @@ def images(*, height=7, width=10, nan=False):
 def test_maxima_are_those_of_torch(kernel, nan):
     pool, x = nn.MaxPool2d(kernel), images(nan=nan)
     expected = pool(x)
-    with pooling_by_slices(poolings(pool)):
+    with standing_in(sliced_forwards(pool)):
         assert "forward" in vars(pool)
         found = pool(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -50,7 +51,7 @@ def test_other_layouts_and_windows_larger_than_the_image_are_left_to_torch(monke
     pool = nn.MaxPool2d(8)
     called = []
     monkeypatch.setattr(nn.MaxPool2d, "forward", lambda self, x: called.append(x.shape) or x)
-    with pooling_by_slices([pool]):
+    with standing_in(sliced_forwards(pool)):
         pool(images())
         pool(images(height=16, width=16).contiguous())
         assert len(called) == 2
@@ -60,7 +61,7 @@ def test_other_layouts_and_windows_larger_than_the_image_are_left_to_torch(monke
 
 def test_forward_is_put_back_after_an_error():
     pool = nn.MaxPool2d(2)
-    with pytest.raises(KeyError), pooling_by_slices([pool]):
+    with pytest.raises(KeyError), standing_in(sliced_forwards(pool)):
         raise KeyError
     assert "forward" not in vars(pool)
 

@@ -28,7 +28,7 @@ from landscape import (
     sweep,
 )
 from landscape.combinations import as_combination, write_weights_
-from landscape.plans import choose_plan, relative_deviation
+from landscape.plans import Probe, choose_plan, relative_deviation
 from tests.cases import seeded
 
 X = torch.linspace(-2, 2, 36, dtype=torch.float64).sin().reshape(12, 3)
@@ -378,11 +378,10 @@ def test_a_plan_is_taken_only_if_it_agrees_and_wins(monkeypatch):
         tried.append(plan.batch_size)
         key = Plan(batch_size=plan.batch_size, reuse_first_layer=plan.reuse_first_layer)
 
-        def probe():
-            clock[0] += costs.get(key, 0.98)
-            return losses.get(key, [1.0, 2.0])
+        def run():
+            clock[0] += 2 * costs.get(key, 0.98)
 
-        return probe
+        return Probe(lambda: losses.get(key, [1.0, 2.0]), run, num_points=2)
 
     choice = {"fixed": None, "tolerance": 1e-5}
     found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=1000.0, **choice)
@@ -395,6 +394,12 @@ def test_a_plan_is_taken_only_if_it_agrees_and_wins(monkeypatch):
     found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=1000.0, **choice)
     assert found == Plan(batch_size=2048, deviation=0.0)
     assert tried[-2:] == [1024, 2048]
+
+
+def test_the_best_of_some_runs_counts():
+    times = iter([5.0, 9.0, 9.0, 12.0])  # runs of four seconds and of three
+    probe = Probe(lambda: [1.0], lambda: None, num_points=2)
+    assert probe.seconds(lambda: next(times)) == 1.5
 
 
 def test_deviation_is_relative_and_nan_where_only_one_is_finite():
