@@ -28,6 +28,7 @@ from hessian.batch_statistics import recalibrate_batch_norm_
 from landscape import (
     BezierCurve,
     Directions,
+    Evaluation,
     Line,
     Plane,
     PolyChain,
@@ -37,11 +38,13 @@ from landscape import (
     eigenvector_directions,
     evaluate,
     grid,
+    merge_tree,
     plot_barriers,
     plot_contours,
     plot_eigen_ratio,
     plot_interpolation,
     plot_matching,
+    plot_merge_tree,
     plot_norms,
     plot_plane,
     plot_profile,
@@ -224,8 +227,8 @@ def surface(s: Subject) -> Figure:
     return plot_surface(found, plane).figure
 
 
-def valley(s: Subject) -> Figure:
-    """The plane through two runs and the bend of the curve between them."""
+def valley_plane(s: Subject) -> tuple[Plane, Evaluation]:
+    """The loss on the plane through two runs and the bend of the curve between them."""
     bend = s.bezier.control_points[1]
     plane = Plane.through(s.a[-1], s.b[-1], bend)
     (dx, _, _), (x, y, _) = plane.coordinates(s.b[-1]), plane.coordinates(bend)
@@ -234,9 +237,19 @@ def valley(s: Subject) -> Figure:
         axis(min(0, x) - margin, max(dx, x) + margin, 25),
         axis(-margin, max(y, 0.2 * dx) + margin, 15),
     )
-    found = evaluate(s.objective(), plane, grid(xs, ys))
-    points = {"run A": s.a[-1], "run B": s.b[-1], "bend": bend}
+    return plane, evaluate(s.objective(), plane, grid(xs, ys))
+
+
+def valley(s: Subject) -> Figure:
+    """The plane through two runs and the bend of the curve between them."""
+    plane, found = valley_plane(s)
+    points = {"run A": s.a[-1], "run B": s.b[-1], "bend": s.bezier.control_points[1]}
     return plot_plane(found, plane, points, curve=s.bezier, label="training loss").figure
+
+
+def basins(s: Subject) -> Figure:
+    """The basins of that plane, and where they meet."""
+    return plot_merge_tree(merge_tree(valley_plane(s)[1]), label="training loss").figure
 
 
 def along_curves(s: Subject) -> Figure:
@@ -364,8 +377,9 @@ def norms(s: Subject) -> Figure:
 
 
 KINDS = (
-    interpolation, random_lines, contours, valley, surface, eigen_ratio, run_on_components,
-    along_curves, barriers, matching, shares_over_time, shares, coordinates, norms,
+    interpolation, random_lines, contours, valley, basins, surface, eigen_ratio,
+    run_on_components, along_curves, barriers, matching, shares_over_time, shares, coordinates,
+    norms,
 )  # fmt: skip
 
 

@@ -28,7 +28,9 @@ from landscape.figures_surfaces import (
     plot_run_on_plane,
     plot_surface,
 )
+from landscape.figures_topology import plot_merge_tree
 from landscape.interactive import surface_html
+from landscape.merge_tree import MergeTree, merge_tree
 from landscape.paraview import write_paraview
 from landscape.paths import BezierCurve, Line, Path, PolyChain
 from landscape.pca import PrincipalComponents, principal_components
@@ -78,6 +80,7 @@ __all__ = [
     "Excess",
     "Line",
     "LineMaximum",
+    "MergeTree",
     "Path",
     "Permutations",
     "Plan",
@@ -103,12 +106,14 @@ __all__ = [
     "evaluate",
     "grid",
     "load_sweep",
+    "merge_tree",
     "orthogonalized",
     "plot_barriers",
     "plot_contours",
     "plot_eigen_ratio",
     "plot_interpolation",
     "plot_matching",
+    "plot_merge_tree",
     "plot_norms",
     "plot_plane",
     "plot_profile",
