@@ -354,8 +354,8 @@ def claims(found: Mapping[int, Mapping[str, list[Point]]]) -> list[str]:
             if below:
                 lines.append(
                     f"At density {fmean(rows[REFIT][at]['density'] for rows in both):.2f}{words}: "
-                    f"{REFIT} is {fmean(below):.2f} points below OBC in the mean, "
-                    f"{max(below):.2f} at most. Within 1 point: "
+                    f"OBC leads {REFIT} by {fmean(below):.2f} points in the mean, {max(below):.2f} "
+                    f"at most. Within 1 point: "
                     f"{'yes' if max(below) <= 1.0 else 'no'}."
                 )
     trims = [
