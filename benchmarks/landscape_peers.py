@@ -29,7 +29,7 @@ from hessian import Objective
 from landscape import Plan, Plane, evaluate, grid, random_directions
 
 AGREE = 1e-5
-REPEATS = 3
+REPEATS = 5
 BATCH = 128
 
 

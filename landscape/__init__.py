@@ -37,7 +37,7 @@ from landscape.pca import PrincipalComponents, principal_components
 from landscape.permutations import Permutations
 from landscape.plane_figure import plot_plane
 from landscape.planes import Plane, grid
-from landscape.plans import Plan
+from landscape.plans import Plan, PlanWarning
 from landscape.published import LineMaximum, PublishedLine, PublishedPlane
 from landscape.random_directions import random_directions
 from landscape.readers import (
@@ -84,6 +84,7 @@ __all__ = [
     "Path",
     "Permutations",
     "Plan",
+    "PlanWarning",
     "Plane",
     "PolyChain",
     "PrincipalComponents",

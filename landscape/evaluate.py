@@ -91,6 +91,7 @@ def evaluate(
         BatchNormWarning: If the model normalises by running statistics and ``batch_norm`` is
             ``"frozen"``. They belong to the model's own weights; away from those, at other ends
             too, the loss is that of another function.
+        PlanWarning: If ``speed`` is a plan whose losses are not those of the plain way.
 
     Example:
         >>> import torch
@@ -277,8 +278,8 @@ def _plan(recipe: Recipe, rows: Tensor, speed: Speed | Plan, base: Plan, shards:
     """The plan that a folder holds, or the one wished for, or the best."""
     if shards.plan is not None:
         kept = Plan.from_json(shards.plan)
-        wanted = replace(speed, deviation=kept.deviation) if isinstance(speed, Plan) else None
-        if wanted not in (None, kept) or (speed == "plain" and kept.batch_size is not None):
+        wanted = replace(base, threads=kept.threads) if speed == "plain" else speed
+        if isinstance(wanted, Plan) and replace(wanted, deviation=kept.deviation) != kept:
             raise ValueError(
                 f"`speed` must be what the points in `folder` were evaluated with, {kept}, got "
                 f"{speed}. Leave it out, or choose another folder."
@@ -292,7 +293,7 @@ def _plan(recipe: Recipe, rows: Tensor, speed: Speed | Plan, base: Plan, shards:
     if not any(metric in PER_SAMPLE for metric in recipe["metrics"]):
         return base
     middle = len(rows) // 2
-    far, near = rows[[0, middle, -1]], rows[middle : middle + 3]
+    far, near = rows[[0, middle, -1]], rows[max(0, middle - 1) :][:3]
     quick = tuple(metric for metric in recipe["metrics"] if metric in PER_SAMPLE)
 
     def make_probe(plan: Plan) -> Probe:

@@ -16,11 +16,12 @@ COMMON = "0.75"
 def plot_merge_tree(
     tree: MergeTree, *, label: str = "loss", log: bool = True, ax: Axes | None = None
 ) -> Axes:
-    """Draw the topological profile: valleys as wide as the share of points below each level.
+    """Draw the topological profile: valleys as wide as the share of points up to each level.
 
-    A valley ends in a point at its minimum. Where two meet, one as wide as both goes on above.
-    Minima of valleys that two standard errors could close are hollow. Of two that meet, the one
-    with the lower minimum is on the left. (Geniesse et al. 2024, arXiv 2411.12136.)
+    Where two valleys meet, one as wide as both goes on above. Minima of valleys that two standard
+    errors could close are hollow. Of two that meet, the one with the lower minimum is on the left.
+    Widths are exact at the losses that were measured, and joined by lines; points whose loss is not
+    finite are below no level. (Geniesse et al. 2024, arXiv 2411.12136.)
 
     Args:
         tree: From `merge_tree`.
@@ -53,7 +54,7 @@ def plot_merge_tree(
     ax.set_xlim(0, 1)
     ax.set_ylabel(label)
     ax.set_xlabel("share of the points of the grid below the level")
-    ax.plot([], [], "v", color="black", markersize=5, label=_count(len(roots), tree))
+    ax.plot([], [], "v", color="black", markersize=5, label=_count(tree))
     doubtful = int((~tree.is_certain).sum())
     if doubtful:
         text = f"{doubtful} of them within two standard errors"
@@ -91,23 +92,27 @@ class _Profile:
         counts = (np.searchsorted(self._sorted[b], level, side="right") for b in branches)
         return float(sum(counts)) / self._size
 
-    def draw(self, b: int, center: float, top: float) -> None:
+    def draw(self, root: int, center: float, top: float) -> None:
         """Draw a branch from the top of its valley downward, and what ends in it."""
-        remaining = list(self._children[b])
+        waiting = [(root, center, top)]
+        while waiting:
+            waiting += self._draw_one(*waiting.pop())
+
+    def _draw_one(self, b: int, center: float, top: float) -> list[tuple[int, float, float]]:
+        """Draw a branch; return those that end in it, with the centers and tops of theirs."""
+        found = []
         branches = self.subtree(b)
         certain = bool(self._certain[b])
-        while remaining:
-            child = remaining.pop()
+        for child in reversed(self._children[b]):
             level = self._deaths[child]
             shared = any(self._certain[each] for each in branches if each != b)
-            self._valley(
-                branches, center, level, top, COMMON if shared else self._color(b), certain
-            )
-            own = self.subtree(child)
-            branches = [each for each in branches if each not in set(own)]
-            left, right = self.width(branches, level), self.width(own, level)
+            color = COMMON if shared else self._color(b)
+            self._valley(branches, center, level, top, color, certain)
+            own = set(self.subtree(child))
+            branches = [each for each in branches if each not in own]
+            left, right = self.width(branches, level), self.width(list(own), level)
             start = center - (left + right) / 2
-            self.draw(child, start + left + right / 2, level)
+            found.append((child, start + left + right / 2, level))
             center, top = start + left / 2, level
         self._valley([b], center, self._births[b], top, self._color(b), certain)
         self._ax.plot(
@@ -119,6 +124,7 @@ class _Profile:
             markersize=5,
             zorder=3 if certain else 4,
         )
+        return found
 
     def _color(self, b: int) -> str:
         return COLORS[b % len(COLORS)]
@@ -132,10 +138,10 @@ class _Profile:
         color: str,
         certain: bool,
     ) -> None:
-        values = np.concatenate([self._sorted[each] for each in branches])
-        levels = np.unique(values[(values >= low) & (values <= high)])
-        levels = np.unique(np.concatenate([[low], levels, [high]]))
-        half = np.array([self.width(branches, level) for level in levels]) / 2
+        values = np.sort(np.concatenate([self._sorted[each] for each in branches]))
+        inside = values[(values >= low) & (values <= high)]
+        levels = np.unique(np.concatenate([[low], inside, [high]]))
+        half = np.searchsorted(values, levels, side="right") / self._size / 2
         self._ax.fill_betweenx(
             levels,
             center - half,
@@ -147,7 +153,7 @@ class _Profile:
         )
 
 
-def _count(roots: int, tree: MergeTree) -> str:
+def _count(tree: MergeTree) -> str:
     number = len(tree.minima)
     text = f"{number} minim{'um' if number == 1 else 'a'}"
     missing = int((~torch.isfinite(tree.losses)).sum())

@@ -1,6 +1,5 @@
 """The layer that alone stands between a model's inputs and all else that has weights."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -11,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hessian.batches import Batch, first_samples
 from hessian.objective import Objective
 from landscape.max_pooling import pair, poolings, window_places
-from landscape.stand_ins import standing_in
+from landscape.stand_ins import Function, has_hooks, is_patched, standing_in
 
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-KEEP_ORDER = (nn.ReLU, nn.ReLU6)
+ATEN = torch.ops.aten
+KEEP_ORDER = (ATEN.relu.default, ATEN.relu_.default, ATEN.hardtanh.default, ATEN.hardtanh_.default)
 """Functions that do not care whether the maximum is taken before or after them, to the bit."""
 
 
@@ -54,20 +55,21 @@ class FirstLayer:
 
     def returning(self, out: Tensor) -> AbstractContextManager[None]:
         """Let the layer return this, and the pooling in its first call what it is given."""
-        forwards: dict[nn.Module, Callable[..., Tensor]] = {self.module: lambda *_: out}
+        forwards: dict[nn.Module, Function] = {self.module: lambda *_: out}
         if self.pooling is not None:
-            pool, calls = self.pooling.forward, count()
-            forwards[self.pooling] = lambda x: pool(x) if next(calls) else x
+            forwards[self.pooling] = _pass_at_first(self.pooling.forward)
         return standing_in(forwards)
 
 
 def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
     """Return the first layer if its output is affine in the weights on fixed inputs, else None.
 
-    It must be linear or a convolution, run once in a forward pass, and see an input that depends on
-    no weight and no running statistics. Costs some forward passes over a few samples.
+    It must be linear or a convolution and nothing else (no hook, no weight normalisation), run once
+    in a forward pass, and see an input that depends on no weight and no running statistics. Costs
+    some forward passes over a few samples.
     """
     few = first_samples(batch, 2)
+    candidates = {m for m in objective.model.modules() if _is_affine(m)}
     modules = {m: name for name, m in objective.model.named_modules() if _holds_state(m)}
     calls: list[tuple[nn.Module, Any]] = []
 
@@ -80,7 +82,7 @@ def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
     try:
         with torch.no_grad():
             runs = []
-            for other in (w, _elsewhere(w)):
+            for other in (w, 0.5 * w + 0.01):
                 calls.clear()
                 objective.output(other, few)
                 runs.append(list(calls))
@@ -92,7 +94,7 @@ def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
     (module, seen), (_, again) = runs[0][0], runs[1][0]
     layer = FirstLayer(modules[module], module)
     suits = (
-        type(module) in AFFINE
+        module in candidates
         and sum(each is module for each, _ in runs[0]) == 1
         and all(name in objective.shapes for name in layer.names)
         and seen is not None
@@ -145,61 +147,98 @@ def _is_alone(layer: FirstLayer, objective: Objective, batch: Batch) -> bool:
 
 
 def _pooling_of(layer: FirstLayer, objective: Objective, batch: Batch) -> nn.MaxPool2d | None:
-    """Return the max pooling that a layer's outputs reach, changed by nothing but `KEEP_ORDER`."""
-    pools = poolings(objective.model)
-    known = [m for m in objective.model.modules() if type(m) in KEEP_ORDER]
-    now: list[tuple[Tensor, int]] = []
+    """Return the max pooling that alone sees a layer's outputs, changed by `KEEP_ORDER` at most."""
+    if any(map(has_hooks, objective.model.modules())):  # they may look, or change things unseen
+        return None
+    reach = _Reach()
     found: list[nn.MaxPool2d] = []
 
-    def hear(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if module is layer.module:
-            now[:] = [(output, output._version)]
-        elif now and not found and len(arguments) == 1 and arguments[0] is now[0][0]:
-            # Changes in place are counted; a module that makes one itself returns its argument.
-            as_it_was = arguments[0]._version == now[0][1] + (output is arguments[0])
-            if as_it_was and isinstance(module, nn.MaxPool2d):
-                found.append(module)
-            now[:] = [(output, output._version)] if as_it_was else []
+    def pools(module: nn.MaxPool2d, arguments: tuple[Any, ...]) -> None:
+        if arguments and reach.holds(arguments[0]):
+            found.append(module)
 
-    handles = [module.register_forward_hook(hear) for module in (layer.module, *pools, *known)]
+    handles = [module.register_forward_pre_hook(pools) for module in poolings(objective.model)]
+    handles.append(layer.module.register_forward_hook(lambda _, __, out: reach.follow(out)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), reach:
             objective.output(objective.weights(), batch)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    alone = len(found) == reach.num_poolings == 1 and not reach.others
+    return found[0] if alone else None
+
+
+class _Reach(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what is done with a tensor, and with what `KEEP_ORDER` makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_poolings = 0
+        self.others: list[str] = []
+        self._followed: list[Tensor] = []
+
+    def follow(self, tensor: Tensor) -> None:
+        self._followed.append(tensor)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor shares memory with one that is followed."""
+        place = tensor.untyped_storage().data_ptr()
+        return any(place == known.untyped_storage().data_ptr() for known in self._followed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        seen = any(map(self.holds, given))
+        out = func(*args, **(kwargs or {}))
+        if seen and func in KEEP_ORDER:
+            self.follow(out)
+        elif seen and func is ATEN.max_pool2d_with_indices.default:
+            self.num_poolings += 1
+        elif seen:
+            self.others.append(str(func))
+        return out
 
 
 def _is_seen_through(layer: FirstLayer, objective: Objective, batch: Batch) -> bool:
-    """Whether the model's output is the same if maxima stand in for all that the layer gives."""
+    """Whether the model's output is the same if maxima stand in for all that the layer gives.
+
+    It is not where something asks for the size of the outputs.
+    """
     if layer.pooling is None:
         return False
-    at_the_weights = objective.weights()
+    w = objective.weights()
     with torch.no_grad():
+        expected = objective.output(w, batch)
         inputs = input_of(layer.module, objective, batch)
-        for w in (at_the_weights, _elsewhere(at_the_weights)):
-            expected = objective.output(w, batch)
-            places = layer.outputs(layer.weights(objective, w), inputs)
-            try:
-                with layer.returning(reduce(torch.maximum, places)):
-                    found = objective.output(w, batch)
-            except RuntimeError:  # of shapes: something else has seen it
-                return False
-            if not _equal(found, expected):
-                return False
-    return True
-
-
-def _elsewhere(w: Tensor) -> Tensor:
-    """Return weights none of which is 0 where it was, such as those that switch a branch off."""
-    return 0.5 * w + 0.01
+        places = layer.outputs(layer.weights(objective, w), inputs)
+        try:
+            with layer.returning(reduce(torch.maximum, places)):
+                found = objective.output(w, batch)
+        except Exception:  # whatever the model raises at a size that it does not know
+            return False
+    return _equal(found, expected)
 
 
 def _equal(found: Any, expected: Any) -> bool:
     """Whether two outputs of a model are the same to the bit."""
     pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
     return all(isinstance(a, Tensor) and torch.equal(a, b) for a, b in pairs)
+
+
+def _pass_at_first(pool: Function) -> Function:
+    """What returns its argument when it is called the first time, and pools it later."""
+    calls = count()
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        return pool(*arguments, **named) if next(calls) else (*arguments, *named.values())[0]
+
+    return forward
+
+
+def _is_affine(module: nn.Module) -> bool:
+    return type(module) in AFFINE and not (has_hooks(module) or is_patched(module))
 
 
 def _holds_state(module: nn.Module) -> bool:

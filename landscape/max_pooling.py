@@ -1,12 +1,12 @@
 """Max pooling of images with the channels last, by comparing slices instead of windows."""
 
-from collections.abc import Callable
 from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from landscape.stand_ins import Forwards
+from landscape.stand_ins import Forwards, Function, is_patched
 
 
 def poolings(model: nn.Module) -> list[nn.MaxPool2d]:
@@ -15,6 +15,7 @@ def poolings(model: nn.Module) -> list[nn.MaxPool2d]:
         module
         for module in model.modules()
         if type(module) is nn.MaxPool2d
+        and not is_patched(module)
         and not (module.return_indices or module.ceil_mode)
         and pair(module.stride) == pair(module.kernel_size)
         and (pair(module.padding), pair(module.dilation)) == ((0, 0), (1, 1))
@@ -38,15 +39,20 @@ def window_places(kernel: tuple[int, int], x: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _pool(kernel: tuple[int, int], otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        return otherwise(x)
+def _pool(kernel: tuple[int, int], otherwise: Function, *arguments: Any, **named: Any) -> Any:
+    x = arguments[0] if len(arguments) == 1 and not named else None
+    if not (type(x) is Tensor and x.ndim == 4 and _is_channels_last(x)):
+        return otherwise(*arguments, **named)
     rows, columns = kernel
     height, width = (x.shape[2] // rows) * rows, (x.shape[3] // columns) * columns
     if not (height and width):
         return otherwise(x)  # which says what is wrong
     x = reduce(torch.maximum, (x[:, :, i:height:rows] for i in range(rows)))
     return reduce(torch.maximum, (x[..., i:width:columns] for i in range(columns)))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:

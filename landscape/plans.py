@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -19,7 +20,7 @@ LARGEST_BATCH_SIZE = 2048
 TRIALS = 2
 """Timed runs of a probe, of which the best counts."""
 REDUCED_TOLERANCE = 0.05
-"""The same beside a reduced precision, which moves losses by itself."""
+"""Largest relative difference of a loss beside a reduced precision, which moves it by itself."""
 GAIN = 0.97
 """A way is taken if it takes at most this part of the time of the best so far."""
 
@@ -98,6 +99,10 @@ class Probe:
         return best / self.num_points
 
 
+class PlanWarning(UserWarning):
+    """Losses by a plan that was asked for are not those of the plain way."""
+
+
 class UnsuitableError(Exception):
     """A plan that does not fit the model, the data or the path."""
 
@@ -121,6 +126,9 @@ def choose_plan(
         work: Points to evaluate, in units of one of the probe.
         tolerance: Largest relative difference of a loss that is accepted.
 
+    Warns:
+        PlanWarning: If the fixed plan does not agree.
+
     Raises:
         ValueError: If the fixed plan does not fit.
     """
@@ -135,7 +143,16 @@ def choose_plan(
             raise ValueError(
                 f"`speed` must be a plan that fits the model, the data and the path, got {fixed}."
             ) from error
-        return replace(fixed, deviation=relative_deviation(found, truth))
+        deviation = relative_deviation(found, truth)
+        allowed = tolerance if fixed.precision == "full" else REDUCED_TOLERANCE
+        if not deviation <= allowed:
+            warnings.warn(
+                f"Losses by `speed`, {fixed}, are up to {deviation:.1e} off those of the plain "
+                f"way, more than {allowed:g}. Leave it out: then only ways that agree are taken.",
+                PlanWarning,
+                stacklevel=4,
+            )
+        return replace(fixed, deviation=deviation)
     alone = base.threads == 1 and next(model.parameters()).device.type == "cpu"
     # What other processes do to the wall clock does not matter to one thread.
     clock = time.process_time if alone else time.perf_counter
@@ -151,13 +168,14 @@ def choose_plan(
         nonlocal best, best_time
         try:
             probe = make_probe(plan)
-        except UnsuitableError:
-            return
-        deviation = relative_deviation(probe.losses(), truth)
-        if deviation <= tolerance:
+            deviation = relative_deviation(probe.losses(), truth)
+            if not deviation <= tolerance:
+                return
             seconds = probe.seconds(clock)
-            if seconds <= GAIN * best_time:
-                best, best_time = replace(plan, deviation=deviation), seconds
+        except Exception:  # the plain way has run: it is the plan that does not fit the model
+            return
+        if seconds <= GAIN * best_time:
+            best, best_time = replace(plan, deviation=deviation), seconds
 
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         consider(replace(best, channels_last=True))

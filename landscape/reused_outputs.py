@@ -10,6 +10,7 @@ from hessian.batches import Batch, first_samples
 from hessian.objective import Objective
 from landscape.combinations import Combination, combine_
 from landscape.first_layer import FirstLayer, input_of
+from landscape.plans import UnsuitableError
 
 REUSE_BYTES = 2 << 30
 """Outputs that take more than this are computed at every point instead."""
@@ -27,6 +28,9 @@ class ReusedOutputs:
         objective: Whose model it belongs to.
         batches: What the model is run on.
         combination: Of the path or plane.
+
+    Raises:
+        UnsuitableError: If an output is not finite.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class ReusedOutputs:
                 self._terms.append([tuple(_in_format(out, form) for out in outs) for outs in found])
         self._begun: list[tuple[tuple[float, ...], tuple[Tensor, ...]] | None]
         self._begun = [None] * len(batches)
+        if not all(torch.isfinite(out).all() for t in self._terms for outs in t for out in outs):
+            raise UnsuitableError  # a coefficient of 0 would not take them out
         shown = [terms[0][0] for terms in self._terms]
         self._out = {out.shape: (torch.empty_like(out), torch.empty_like(out)) for out in shown}
 

@@ -6,8 +6,19 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-Forwards: TypeAlias = Mapping[nn.Module, Callable[..., Any]]
+Function: TypeAlias = Callable[..., Any]
+Forwards: TypeAlias = Mapping[nn.Module, Function]
 """What stands in for which module."""
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` that is not its class's."""
+    return "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else runs before or after a module's ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @contextmanager

@@ -171,7 +171,10 @@ class Splitting:
         self._V.sub_(self._U).div_(factor).add_(self._U)
 
     def multipliers(self) -> Float[Tensor, "p m"]:
-        """Return Λ, such that |Λᵀ X| ≤ λ c₀ and Λ ≤ 0 where inactive, but for what is left."""
+        """Return Λ, such that |Λᵀ X| ≤ λ c₀ and Λ ≤ 0 where inactive, but for what is left.
+
+        A view of what the next step overwrites.
+        """
         self._products(1.0)
         return self._D.sub_(self._T).sub_(self._v).mul_(-self.rho / self.unit).T
 

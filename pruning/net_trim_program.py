@@ -248,7 +248,7 @@ class LayerProgram:
                 touches = epsilon == 0.0 or abs(trim.ratio - 1.0) <= tol
                 if last or (trim.converged and (touches or work.ball_is_loose)):
                     break
-            if k % ANCHOR == 0:
+            if k % ANCHOR == 0 or k >= balanced:  # a change of ρ would multiply what has drifted
                 work.anchor()
             if k >= balanced:
                 balanced = k + k // 4

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import spectral_norm
 from torch.testing import assert_close
 
 from hessian import Objective
 from landscape import BezierCurve, Line, Plan, Plane, evaluate, grid
+from landscape.combinations import combine_
 from landscape.first_layer import find_first_layer
 from tests.cases import seeded
 
@@ -81,6 +83,24 @@ class OnePooling(nn.Module):
         return (x if self.images else self.pool(torch.tanh(x))).flatten(1)
 
 
+class Looks(nn.Module):
+    """Does something with the first layer's outputs beside pooling them."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.conv, self.pool, self.what = nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), what
+
+    def forward(self, x):
+        c = self.conv(x)
+        if self.what == "counts":
+            return self.pool(c).flatten(1) + (c < -4).sum()
+        if self.what == "knows the size":
+            assert c.shape[-1] == 4
+        if self.what == "uses the size":
+            return self.pool(c).flatten(1) * c.shape[-1]
+        return self.pool(input=c).flatten(1)
+
+
 class Shared(nn.Module):
     """Uses the first layer's matrix again, as a tied decoder."""
 
@@ -90,6 +110,21 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return torch.tanh(self.layer(x.flatten(1))) @ self.layer.weight
+
+
+def hooked(i):
+    """A chain in which something else runs after a layer."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    model[i].register_forward_hook(lambda _, __, out: torch.where(out > 4, 0.0, out))
+    return model
+
+
+def patched(i):
+    """A chain in which a layer has a forward of its own."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    real = model[i].forward
+    model[i].forward = lambda x: torch.sin(real(x))
+    return model
 
 
 SUITS = {
@@ -120,12 +155,21 @@ SUITS = {
     "one pooling": OnePooling,
     "images pooled too": lambda: OnePooling(images=True),
     "skips": Skips,
+    "counts": lambda: Looks("counts"),
+    "knows the size": lambda: Looks("knows the size"),
+    "uses the size": lambda: Looks("uses the size"),
+    "by name": lambda: Looks("by name"),
+    "hooked": lambda: hooked(1),
+    "patched": lambda: patched(1),
     "changed": lambda: Changed(inplace=False),
     "changed in place": lambda: Changed(inplace=True),
 }  # fmt: skip
 POOLED = {"pooled, odd", "relu, pooled", "inplace, pooled", "one pooling"}
 """Those of them in which only a max pooling sees the first layer's outputs."""
 DOES_NOT = {
+    "spectral norm": lambda: nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(36, 4))),
+    "hooked first": lambda: hooked(0),
+    "patched first": lambda: patched(0),
     "weights before": Positions,
     "twice": Twice,
     "batch norm first": lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3), nn.Flatten()),
@@ -159,16 +203,13 @@ def test_combined_outputs_give_the_same_loss(kind, shape, channels_last):
         "line": (Line(w, u), [0.0, 0.3, 1.0, 1.5]),
         "bezier": (BezierCurve(torch.stack([w, u, v])), [0.0, 0.3, 1.0]),
     }[shape]
-    before = dict(vars(objective.model))
+    before = [dict(vars(m)) for m in objective.model.modules()]
     plain = evaluate(objective, path, points, speed="plain")
     plan = replace(REUSE, channels_last=channels_last)
     found = evaluate(objective, path, points, speed=plan)
     assert_close(found.total, plain.total, rtol=1e-12, atol=1e-12)
     assert_close(found.total_squares, plain.total_squares, rtol=1e-12, atol=1e-12)
-    assert vars(objective.model) == before
-    assert all(
-        "forward" not in vars(m) and not m._forward_pre_hooks for m in objective.model.modules()
-    )
+    assert [dict(vars(m)) for m in objective.model.modules()] == before
 
 
 @pytest.mark.parametrize("kind", DOES_NOT)
@@ -224,3 +265,38 @@ def test_the_layer_comes_back_after_an_exception():
 def test_plans_out_of_range_are_refused(option, words):
     with pytest.raises(ValueError, match=words):
         Plan(**option)
+
+
+def test_hooks_see_what_they_always_see():
+    objective, w = build("relu, pooled")
+    shapes = set()
+    objective.model[1].register_forward_hook(lambda _, __, out: shapes.add(tuple(out.shape[1:])))
+    evaluate(objective, Line(w, 2 * w), [0.0, 1.0], speed=REUSE)
+    assert shapes == {(3, 4, 4)}
+
+
+def test_along_a_row_only_the_last_vector_is_added(monkeypatch):
+    objective, w = build("relu, pooled")
+    u, v = torch.randn(2, len(w), generator=torch.Generator().manual_seed(2), dtype=w.dtype)
+    fronts = []
+
+    def noted(out, vectors, coefficients):
+        fronts.append(coefficients)
+        return combine_(out, vectors, coefficients)
+
+    monkeypatch.setattr("landscape.reused_outputs.combine_", noted)
+    plan = replace(REUSE, deviation=0.0)
+    evaluate(objective, Plane(w, u, v), GRID, speed=plan)
+    num_batches, places, rows = 3, 4, 3
+    assert len(fronts) == num_batches * places * rows
+
+
+def test_outputs_that_are_not_finite_are_not_combined():
+    objective, w = build("mlp")
+    end = w.clone()
+    end[0] = torch.inf
+    points = [0.0, 0.5]
+    plain = evaluate(objective, Line(w, end), points, speed="plain")
+    assert plain.mean[0].isfinite() and plain.num_nonfinite == 1
+    with pytest.raises(ValueError, match="`speed` must be a plan that fits"):
+        evaluate(objective, Line(w, end), points, speed=REUSE)

@@ -110,6 +110,14 @@ def test_branches_within_two_standard_errors_are_not_certain():
     assert unknown.is_certain.tolist() == [True, True]
 
 
+def test_the_error_is_that_of_minimum_and_pass():
+    given = evaluation([1.0, 0.0, 3.0, 2.0, 4.0])
+    squares = given.total_squares.clone()
+    squares[2] += 0.4**2 * 64 * 63
+    tree = merge_tree(replace(given, total_squares=squares))
+    assert_close(tree.errors[1], torch.tensor(math.sqrt(0.1**2 + 0.1**2 + 0.4**2)).double())
+
+
 def test_parts_that_missing_losses_cut_off_never_end():
     tree = merge_tree(evaluation([0.0, 1.0, math.nan, 5.0, 4.0]))
     assert tree.deaths.tolist() == [math.inf, math.inf]
@@ -154,12 +162,38 @@ def test_valleys_are_as_wide_as_what_lies_below():
     assert (deep[0], shallow[1]) == pytest.approx(both)
     assert len({tuple(c.get_facecolor()[0]) for c in ax.collections}) == 3
     markers = [line for line in ax.lines if line.get_marker() == "v" and len(line.get_xdata())]
-    assert all(
-        s[0] < m.get_xdata()[0] < s[1] for s, m in zip((shallow, deep), markers, strict=True)
-    )
+    markers.sort(key=lambda m: m.get_ydata()[0])
+    for span, marker in zip((deep, shallow), markers, strict=True):
+        assert span[0] < marker.get_xdata()[0] < span[1]
     assert sorted(float(m.get_ydata()[0]) for m in markers) == pytest.approx(tree.births.tolist())
     assert ax.get_yscale() == "log"
     plt.close("all")
+
+
+def test_of_several_that_end_in_one_the_first_to_meet_it_are_drawn_inside():
+    # The lowest minimum stands between two that it meets at 3 and at 5.
+    tree = merge_tree(evaluation([6.0, 1.0, 3.0, 0.5, 5.0, 2.0, 7.0]))
+    assert tree.parents.tolist() == [-1, 0, 0]
+    assert tree.deaths.tolist() == [math.inf, 5.0, 3.0]
+    ax = plot_merge_tree(tree)
+    outlines = [c.get_paths()[0].vertices for c in ax.collections]
+    spans = {
+        (float(v[:, 1].min()), float(v[:, 1].max())): (v[:, 0].min(), v[:, 0].max())
+        for v in outlines
+    }
+    assert sorted(spans) == [(0.5, 3.0), (1.0, 3.0), (2.0, 5.0), (3.0, 5.0), (5.0, 7.0)]
+    shared = spans[3.0, 5.0]
+    for inner in (spans[0.5, 3.0], spans[1.0, 3.0]):
+        assert shared[0] - 1e-9 <= inner[0] and inner[1] <= shared[1] + 1e-9
+    assert spans[2.0, 5.0][0] == pytest.approx(shared[1])
+
+
+def test_deep_nesting_is_drawn():
+    count = 1100  # minima rise and passes fall: each branch ends in the one before it
+    losses = torch.stack([torch.arange(1.0, count + 1), 9999 - torch.arange(1.0, count + 1)], dim=1)
+    tree = merge_tree(evaluation(losses.flatten().tolist()), min_persistence=8000.0)
+    assert len(tree.minima) > 500
+    plot_merge_tree(tree)
 
 
 def test_what_is_not_certain_is_hollow_and_counted():

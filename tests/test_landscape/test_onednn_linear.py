@@ -60,6 +60,24 @@ def test_every_batch_goes_through_onednn(monkeypatch):
     assert len(seen) == 4
 
 
+def test_what_onednn_does_not_take_is_left_to_torch(monkeypatch):
+    with pytest.warns(UserWarning, match="zero-element"):
+        layers = nn.Linear(30, 20), nn.Linear(0, 4), nn.Linear(3, 3)
+    layers[2].forward = lambda x: 2 * x
+    model = nn.Sequential(layers[0])
+    objective = Objective(model, nn.MSELoss(), (torch.ones(1, 30), torch.ones(1, 20)))
+    model.extend(layers[1:])
+    forwards = onednn_forwards(objective)
+    assert list(forwards) == [layers[0]]
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", None)
+    x = torch.randn(1, 1, 2, 1, 2, 30)
+    with torch.no_grad(), standing_in(forwards):
+        assert layers[0](x).shape == (1, 1, 2, 1, 2, 20)
+        assert layers[0](input=x[0]).shape == (1, 2, 1, 2, 20)
+        with pytest.raises(RuntimeError, match="dtype"):
+            layers[0](x[0].bfloat16())
+
+
 @pytest.mark.parametrize("kind", ["double", "no linear layer", "bfloat16"])
 def test_where_it_does_not_fit_it_is_refused(kind):
     objective, line = problem(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from itertools import pairwise
 from multiprocessing import parent_process
 
@@ -28,7 +29,8 @@ from landscape import (
     sweep,
 )
 from landscape.combinations import as_combination, write_weights_
-from landscape.plans import Probe, choose_plan, relative_deviation
+from landscape.plans import PlanWarning, Probe, choose_plan, relative_deviation
+from landscape.point_meter import PointMeter
 from tests.cases import seeded
 
 X = torch.linspace(-2, 2, 36, dtype=torch.float64).sin().reshape(12, 3)
@@ -219,6 +221,10 @@ def test_a_folder_of_another_surface_is_refused_and_the_difference_named(tmp_pat
         sweep(objective, plane, POINTS, metrics=("error",), folder=tmp_path)
     with pytest.raises(ValueError, match="`speed` must be what the points"):
         evaluate(objective, plane, POINTS, folder=tmp_path, speed=Plan(batch_size=3))
+    other = tmp_path / "other"
+    evaluate(objective, plane, POINTS, folder=other, speed=Plan(reuse_first_layer=True))
+    with pytest.raises(ValueError, match="`speed` must be what the points"):
+        evaluate(objective, plane, POINTS, folder=other, speed="plain")
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         evaluate(objective, plane, POINTS, folder=tmp_path)
@@ -394,6 +400,54 @@ def test_a_plan_is_taken_only_if_it_agrees_and_wins(monkeypatch):
     found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), work=1000.0, **choice)
     assert found == Plan(batch_size=2048, deviation=0.0)
     assert tried[-2:] == [1024, 2048]
+
+
+def test_oneDNN_is_tried_and_a_trial_that_fails_is_left_out(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("landscape.plans.time.perf_counter", lambda: clock[0])
+
+    def make_probe(plan):
+        def run():
+            clock[0] += 0.5 if plan.onednn_linear else 1.0
+            assert plan.batch_size != 256
+
+        return Probe(lambda: [1.0, 1 / (plan.batch_size != 64)], run, num_points=1)
+
+    options = {"fixed": None, "work": 1000.0, "tolerance": 1e-5}
+    found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), **options)
+    assert found == Plan(onednn_linear=True, deviation=0.0)
+
+
+def test_a_fixed_plan_that_disagrees_is_named():
+    def make_probe(plan):
+        return Probe(lambda: [1.0 + (plan.batch_size == 7)], lambda: None, num_points=1)
+
+    options = {"fixed": Plan(batch_size=7), "work": 1.0, "tolerance": 1e-5}
+    with pytest.warns(
+        PlanWarning, match=r"batch_size=7.* are up to 5.0e-01 off .* more than 1e-05"
+    ):
+        found = choose_plan(make_probe, nn.Linear(1, 1), Plan(), **options)
+    assert found.deviation == 0.5
+
+
+def test_trials_are_timed_on_points_that_follow_each_other(problem, monkeypatch):
+    objective, plane = problem
+    probes, measured = [], []
+    real = PointMeter.measure
+    monkeypatch.setattr(
+        sys.modules["landscape.evaluate"],  # the package has a function of that name
+        "choose_plan",
+        lambda make_probe, *_, **__: probes.append(make_probe(Plan())) or Plan(deviation=0.0),
+    )
+    evaluate(objective, plane, POINTS)
+    monkeypatch.setattr(
+        PointMeter, "measure", lambda self, point: measured.append(point) or real(self, point)
+    )
+    probes[0].run()
+    rows = POINTS.reshape(-1, 2)
+    begin = len(rows) // 2 - 1
+    assert torch.equal(torch.stack(measured), rows[begin : begin + 3])
+    assert probes[0].num_points == 3
 
 
 def test_the_best_of_some_runs_counts():

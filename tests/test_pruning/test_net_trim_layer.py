@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from hessian import ConvergenceWarning, NonFiniteError
 from pruning import LayerProgram, net_trim_layer, net_trim_path
+from pruning.net_trim_admm import Splitting
 from pruning.net_trim_certificate import lower_bound
 from pruning.net_trim_targets import LayerTargets
 from tests.test_pruning import net_trim_reference as reference
@@ -522,3 +523,32 @@ def test_a_path_refuses_before_it_begins():
     with pytest.raises(ValueError, match="`epsilon` must be a finite discrepancy"):
         net_trim_path(LayerProgram(W, X), [1.0, -1.0], progress=lambda *done: seen.append(done))
     assert not seen
+
+
+def test_float32_is_anchored_at_regular_looks_and_before_every_change_of_rho(monkeypatch):
+    W, X = layer(21, 5, 100)
+    done, calls = [0], []
+
+    def noting(name):
+        real = getattr(Splitting, name)
+
+        def noted(self, *rest):
+            done[0] += name.endswith("step")
+            calls.append((name, done[0]))
+            return real(self, *rest)
+
+        return noted
+
+    for name in ("step", "measured_step", "anchor", "change_rho"):
+        monkeypatch.setattr(Splitting, name, noting(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        net_trim_layer(
+            W.float(), X.float(), epsilon=0.5, precision="mixed", tol=1e-9, max_iterations=400
+        )
+    anchors = [k for name, k in calls if name == "anchor"]
+    changes = [i for i, (name, _) in enumerate(calls) if name == "change_rho"]
+    assert changes
+    assert all(calls[i - 1] == ("anchor", calls[i][1]) for i in changes)
+    assert set(range(60, 400, 60)) <= set(anchors)
+    assert len(anchors) == len(set(anchors))
