@@ -29,7 +29,7 @@ from hessian import Objective
 from landscape import Plan, Plane, evaluate, grid, random_directions
 
 AGREE = 1e-5
-REPEATS = 5
+REPEATS = 3
 BATCH = 128
 
 
@@ -71,7 +71,7 @@ SETTINGS = {
     "mlp-cifar10": Setting(
         "LeNet-300-100, CIFAR-10", "cifar10", lenet_300_100_cifar10, 2_000, 21, 3, 10.0
     ),
-    "cnn": Setting("LeNet-5, MNIST", "mnist", lenet_5_mnist, 500, 12, 1, 3.0),
+    "cnn": Setting("LeNet-5, MNIST", "mnist", lenet_5_mnist, 500, 20, 1, 3.0),
 }
 
 
