@@ -56,7 +56,7 @@ def project_trajectory(
         >>> import torch
         >>> basis = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
         >>> found = project_trajectory(torch.tensor([[3.0, 1.0, 4.0]]), basis, torch.zeros(3))
-        >>> found.coordinates, found.residuals
+        >>> found.coordinates.round(decimals=6), found.residuals
         (tensor([[1., 1.]], dtype=torch.float64), tensor([4.], dtype=torch.float64))
     """
     return Projector(basis, center)(points)

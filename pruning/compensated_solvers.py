@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from hessian import (
@@ -131,7 +132,7 @@ class EigenspaceSolver:
     Args:
         k: Eigenpairs, at most as many as weights stay in the end. Memory: k vectors for them and
             about as many again for the eigensolver.
-        damping: τ as a share of the lowest positive eigenvalue that is used.
+        damping: τ as a share of the lowest eigenvalue that is used and not zero but for rounding.
         batch: Share of the alive weights that goes before saliencies are computed anew.
         tol: Relative tolerance of the eigenpairs.
         max_products: Budget of products a stage.
@@ -247,7 +248,9 @@ class _EigenspaceStages:
                 f"`curvature` must give eigenvectors of {len(w)} entries, zero outside `alive`, "
                 f"got {space.vectors.shape[0]}."
             )
-        positive = space.values[space.values > 0]
+        # Below this an eigenvalue is zero but for rounding, whatever its sign.
+        rounding = int(alive.sum()) * torch.finfo(w.dtype).eps * float(space.values.abs().max())
+        positive = space.values[space.values > rounding]
         tau = o.damping * float(positive.min()) if len(positive) else 1.0
         before = self._loss(w)
         removal = remove_compensated(

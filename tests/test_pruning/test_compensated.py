@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,6 +275,17 @@ def test_eigenspaces_of_an_objective_are_estimated_anew_at_every_stage():
         assert len(result.stages) == 4 and result.num_products > 4 * k / 2
         errors.append(distance.loss(result.weights))
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("noise", [1e-20, -1e-20, 0.0])
+def test_an_eigenvalue_that_is_zero_but_for_rounding_does_not_set_the_damping(noise):
+    A = normal(3, 8)
+    space = exact_space(A.T @ A)
+    space = replace(space, values=torch.cat([space.values[:3], space.values.new_full((5,), noise)]))
+    result = compensated_prune(
+        normal(8), lambda w, alive: space, sparsity=0.25, solver=EigenspaceSolver(k=8), stages=1
+    )
+    assert result.stages[0].tau == pytest.approx(0.1 * float(space.values[2]))
 
 
 def test_labelled_objective_serves_the_eigenspace_solver():

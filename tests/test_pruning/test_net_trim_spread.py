@@ -255,7 +255,7 @@ def test_a_layer_that_is_damaged_is_solved_again(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     assert_same(net_trim(model, x, epsilon=0.1, checkpoint=tmp_path), whole)
-    assert path.read_bytes()[:8] == data[:8] and len(path.read_bytes()) >= len(data) - 40
+    assert abs(len(path.read_bytes()) - len(data)) <= 40  # whole again; its times differ
 
 
 def other_inputs(model, x):
