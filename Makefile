@@ -66,8 +66,9 @@ bench-training: $(STAMP)  ## sparsity and accuracy on MNIST and CIFAR-10; hours,
 	$(BIN)/python benchmarks/resnet20_sparsity.py
 	$(BIN)/python benchmarks/training_throughput.py
 
-bench-landscape: $(STAMP)  ## batch norm's policies, adaptive surfaces, the pictures of the gallery
+bench-landscape: $(STAMP)  ## batch norm's policies, ways of evaluating, adaptive surfaces, the gallery
 	$(BIN)/python benchmarks/landscape_batch_norm.py
+	$(BIN)/python benchmarks/landscape_plans.py
 	$(BIN)/python benchmarks/landscape_adaptive.py
 	$(BIN)/python benchmarks/landscape_connect.py
 	$(BIN)/python benchmarks/gallery.py

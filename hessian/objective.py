@@ -155,13 +155,22 @@ class Objective(FlatWeights):
         """Return the model's output on a batch at weights w; differentiable in w."""
         return self._output_at(self.unflatten(w), batch)
 
-    def run_at(self, weights: dict[str, Tensor], work: Callable[[Callable[[Batch], Any]], T]) -> T:
+    def run_at(
+        self,
+        weights: dict[str, Tensor],
+        work: Callable[[Callable[[Batch], Any]], T],
+        *,
+        forward: Callable[..., Any] | None = None,
+    ) -> T:
         """Return ``work(output)``, where ``output(batch)`` is the model's output at these weights.
 
         The weights are put in once, for however many batches: for a small network that takes
-        longer than a forward pass.
+        longer than a forward pass. Or ``forward(values, *inputs)`` runs in place of the model, with
+        the weights and buffers by every name.
         """
         values = self._in_all_places(weights) | self._buffers
+        if forward is not None:
+            return work(partial(self._output_of, partial(forward, values)))
         inside = {f"model.{name}": value for name, value in values.items()}
         found: T = functional_call(
             _Holder(self.model),
@@ -353,7 +362,7 @@ class Objective(FlatWeights):
         losses = self.sample_losses(w)
         return LossStatistics(len(losses), float(losses.sum()), float(losses.square().sum()))
 
-    def _output_of(self, model: nn.Module, batch: Batch) -> Any:
+    def _output_of(self, model: Callable[..., Any], batch: Batch) -> Any:
         """The model's output with the weights that are in it."""
         return model(**batch) if isinstance(batch, Mapping) else model(*batch[:-1])
 

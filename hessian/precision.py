@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessian.batches import Batch, map_tensors
 from hessian.objective import Objective
@@ -92,7 +92,7 @@ class _InBFloat16(Objective):
             output = super()._output_at(weights, batch)
         return self._whole(output)
 
-    def _output_of(self, model: nn.Module, batch: Batch) -> Any:
+    def _output_of(self, model: Callable[..., Any], batch: Batch) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             output = super()._output_of(model, batch)
         return self._whole(output)

@@ -21,6 +21,8 @@ TRIALS = 2
 """Timed runs of a probe, of which the best counts."""
 REDUCED_TOLERANCE = 0.05
 """Largest relative difference of a loss beside a reduced precision, which moves it by itself."""
+COMPILING_SECONDS = 120.0
+"""Work below this is not compiled: that takes some ten seconds for a small network."""
 GAIN = 0.97
 """A way is taken if it takes at most this part of the time of the best so far."""
 
@@ -40,19 +42,22 @@ class Plan:
             done, if nothing but ReLU and such a pooling come after it.
         onednn_linear: Whether oneDNN runs the linear layers instead of torch's BLAS; for float32 on
             a CPU.
+        compiled: Whether ``torch.compile`` runs the model, as one graph; in place of what two
+            options above put in.
         precision: ``"bfloat16"`` runs the forward passes for loss and error under autocast.
         threads: Threads within an operation; 0: as torch is set.
         deviation: Largest relative difference of the loss from the plain way on the probe points;
             NaN if it was not measured.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or two options exclude each other.
     """
 
     batch_size: int | None = None
     channels_last: bool = False
     reuse_first_layer: bool = False
     onednn_linear: bool = False
+    compiled: bool = False
     precision: Literal["full", "bfloat16"] = "full"
     threads: int = 0
     deviation: float = math.nan
@@ -62,6 +67,9 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        for name in ("reuse_first_layer", "onednn_linear"):
+            if self.compiled and getattr(self, name):
+                raise ValueError(f"`{name}` must be False with `compiled`, got True.")
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -166,15 +174,17 @@ def choose_plan(
 
     def consider(plan: Plan) -> None:
         nonlocal best, best_time
+        began = time.perf_counter()
         try:
             probe = make_probe(plan)
             deviation = relative_deviation(probe.losses(), truth)
             if not deviation <= tolerance:
                 return
+            ready = time.perf_counter() - began if plan.compiled else 0.0
             seconds = probe.seconds(clock)
         except Exception:  # the plain way has run: it is the plan that does not fit the model
             return
-        if seconds <= GAIN * best_time:
+        if ready / work + seconds <= GAIN * best_time:
             best, best_time = replace(plan, deviation=deviation), seconds
 
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -185,6 +195,10 @@ def choose_plan(
         consider(replace(best, batch_size=batch_size))
     if best.batch_size == BATCH_SIZES[-1]:
         consider(replace(best, batch_size=LARGEST_BATCH_SIZE))
+    if best_time * work >= COMPILING_SECONDS:
+        compiled = replace(best, reuse_first_layer=False, onednn_linear=False, compiled=True)
+        for channels_last in {False, best.channels_last}:
+            consider(replace(compiled, channels_last=channels_last))
     return best
 
 

@@ -15,6 +15,7 @@ from hessian.precision import in_precision
 from hessian.products import hessian_operator
 from landscape.batch_norm import BatchNorm, PointStatistics
 from landscape.combinations import as_combination, write_weights_
+from landscape.compiled_model import CompiledModel, require_few_forms
 from landscape.first_layer import FirstLayer, find_first_layer
 from landscape.max_pooling import sliced_forwards
 from landscape.onednn_linear import onednn_forwards
@@ -78,15 +79,18 @@ class PointMeter:
         self._kernels = self._channels_last_kernels() if plan.channels_last else {}
         self._weights = {**self._views, **self._kernels}
         self._forwards = _forwards(first, plan)
+        compiled = CompiledModel(first.model) if plan.compiled else None
         layer = self._first_layer(first) if plan.reuse_first_layer else None
         self._written = [slice(0, first.size)]
         if layer is not None and layer.alone and set(metrics) <= set(PER_SAMPLE):
             self._written = _entries_without(first, layer.names)
         self._data = {
-            name: _PreparedData(self, objective, plan, layer, limit)
+            name: _PreparedData(self, objective, plan, layer, compiled, limit)
             for name, objective in self._objectives.items()
             if objective.ranks.size == 1
         }
+        if compiled is not None:
+            require_few_forms(batch for data in self._data.values() for batch in data.batches)
         samples = self._statistics.samples
         self._normalisers = (
             _PreparedBatches(self, in_precision(self._with_buffers(first), plan.precision))
@@ -238,9 +242,11 @@ class PointMeter:
 class _PreparedBatches:
     """Batches, and the model's outputs on them at the meter's point."""
 
-    def __init__(self, meter: PointMeter, objective: Objective) -> None:
-        self._meter, self._objective = meter, objective
-        self._batches: Iterable[Batch] = []
+    def __init__(
+        self, meter: PointMeter, objective: Objective, forward: CompiledModel | None = None
+    ) -> None:
+        self._meter, self._objective, self._forward = meter, objective, forward
+        self.batches: Iterable[Batch] = []
         self._reused: ReusedOutputs | None = None
 
     def take(
@@ -249,7 +255,7 @@ class _PreparedBatches:
         """Hold these batches, in the plan's layout; there may be more samples later."""
         if plan.channels_last:
             batches = [_channels_last(batch) for batch in batches]
-        self._batches = batches
+        self.batches = batches
         combination = self._meter._combination
         if layer is not None and combination is not None:
             each = bytes_per_sample(layer, self._objective, batches[0], combination)
@@ -275,14 +281,14 @@ class _PreparedBatches:
         """Hand the output on every batch on; gradients are not recorded."""
 
         def work(output: Callable[[Batch], Any]) -> None:
-            for i, batch in enumerate(self._batches):
+            for i, batch in enumerate(self.batches):
                 before(batch)
                 with nullcontext() if self._reused is None else self._reused.standing_in(i):
                     found = output(batch)
                 take(found, batch)
 
         with torch.no_grad(), standing_in(self._meter._forwards):
-            self._objective.run_at(self._meter._weights, work)
+            self._objective.run_at(self._meter._weights, work, forward=self._forward)
 
 
 class _PreparedData(_PreparedBatches):
@@ -294,17 +300,23 @@ class _PreparedData(_PreparedBatches):
         objective: Objective,
         plan: Plan,
         layer: FirstLayer | None,
+        compiled: CompiledModel | None,
         limit: int | None,
     ) -> None:
-        super().__init__(meter, in_precision(objective, plan.precision))
+        super().__init__(meter, in_precision(objective, plan.precision), compiled)
         data = ResidentData(objective, plan.batch_size)
         if data.held is not None:
             held = data.held if limit is None else _first(data.held, limit)
             self.take(held, plan, layer, objective.num_samples)
-        elif plan.channels_last or layer is not None or plan.batch_size is not None:
+        elif (plan.channels_last, plan.compiled, layer, plan.batch_size) != (
+            False,
+            False,
+            None,
+            None,
+        ):
             raise UnsuitableError
         else:
-            self._batches = data
+            self.batches = data
 
 
 def without_infinities(table: Tensor) -> Tensor:
@@ -352,7 +364,7 @@ def _entries_without(objective: Objective, names: Sequence[str]) -> list[slice]:
 def _forwards(objective: Objective, plan: Plan) -> Forwards:
     """What stands in for modules of the model, by the plan."""
     forwards: dict[nn.Module, Callable[..., Any]] = {}
-    if plan.channels_last and objective.device.type == "cpu":
+    if plan.channels_last and not plan.compiled and objective.device.type == "cpu":
         forwards |= sliced_forwards(objective.model)
     if plan.onednn_linear:
         linear = onednn_forwards(objective) if plan.precision == "full" else {}
