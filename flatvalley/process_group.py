@@ -3,17 +3,23 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
+
+PATIENCE = timedelta(days=30)
+"""For processes that wait while another one works; ``torchrun`` ends them if that one dies."""
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[None]:
+def process_group(device: str, *, timeout: timedelta | None = None) -> Iterator[None]:
     """Join the processes that ``torchrun`` started, if it did, for the time of the block.
 
     Args:
         device: ``"cpu"`` for gloo; ``"cuda"`` for NCCL, which takes one GPU for each process.
+        timeout: How long one waits for another. Default: torch's, some minutes.
 
     Raises:
         ValueError: If a GPU is named by its number under ``torchrun``.
@@ -25,7 +31,7 @@ def process_group(device: str) -> Iterator[None]:
         raise ValueError(f'`device` must be cpu or cuda under torchrun, got "{device}".')
     if device == "cuda":
         torch.cuda.set_device(own_device(device))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
     try:
         yield
         dist.barrier()  # nobody leaves while another still needs the group
@@ -58,6 +64,26 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def all_ranks() -> dist.ProcessGroup | None:
+    """Return the group of all processes; None if there is one only."""
+    return dist.group.WORLD if world()[1] > 1 else None
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def from_first(tensor: Tensor) -> Tensor:
+    """Return the first process's tensor on all, which give one of its shape and type."""
+    if world()[1] == 1:
+        return tensor
+    found = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True).contiguous()
+    dist.broadcast(found, src=0)
+    return found.to(tensor.device)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 import flatvalley
+from flatvalley.process_group import wait_for_all, world
 from hessian import DamagedFileError, tensor_files
 from hessian.atomic import write_atomically as write_atomically
 from hessian.tensor_files import read_tensors as read_tensors
@@ -128,6 +129,19 @@ class Run:
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read what ``write_tensors`` wrote."""
         return read_tensors(self.path / name)
+
+
+def open_by_all(path: Path, study: str, config: Mapping[str, Any]) -> Run:
+    """Open a run on all processes of ``torchrun``, the first one before the others.
+
+    Only the first one should write. The folder must be one that all can read.
+
+    Raises:
+        ValueError: As `Run`.
+    """
+    run = Run(path, study, config) if world()[0] == 0 else None
+    wait_for_all()
+    return run or Run(path, study, config)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:

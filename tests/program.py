@@ -3,9 +3,14 @@
 import contextlib
 import csv
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 from flatvalley.cli import main
+
+ROOT = Path(__file__).parents[1]
 
 
 def flatvalley(*arguments):
@@ -21,6 +26,24 @@ def flatvalley(*arguments):
     finally:
         sys.argv = before
     raise AssertionError("main must end with an exit status")
+
+
+def launched(folder, processes, *arguments):
+    """Run the program from a folder in so many processes under torchrun; what it printed."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={processes}", "-m", "flatvalley", *map(str, arguments)),
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def rows(path):

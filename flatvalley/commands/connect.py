@@ -18,7 +18,8 @@ from flatvalley.commands.landscape_options import (
     Workers,
 )
 from flatvalley.commands.refusals import at_the_door, files_wanted, refusals
-from flatvalley.run import Run
+from flatvalley.process_group import PATIENCE, own_device, process_group, world
+from flatvalley.run import open_by_all
 from flatvalley.studies.connect import CURVES, ConnectConfig, connect_tables
 from flatvalley.studies.connect import connect as run_connect
 from flatvalley.studies.connect_report import (
@@ -61,12 +62,13 @@ def connect(
     """Measure the loss on the line and on a trained curve between two networks.
 
     Where B is sparser than A, the line from A to A pruned by magnitude to the same sparsity is a
-    control. Goes on where it was stopped. Exit status: 0 if it is done, 2 for a mistake in the
-    options, the networks or the folder, 3 if the curve's training does not stay finite, 130 if
-    interrupted.
+    control. Goes on where it was stopped. Processes of `torchrun` share the points. Exit status: 0
+    if it is done, 2 for a mistake in the options, the networks or the folder, 3 if the curve's
+    training does not stay finite, 130 if interrupted.
     """
-    console = Console()
-    with importable_from(Path.cwd()):
+    with importable_from(Path.cwd()), refusals(), process_group(device, timeout=PATIENCE):
+        first = world()[0] == 0
+        console = Console(quiet=not first)
         with at_the_door(), files_wanted():
             config = ConnectConfig(
                 curve,
@@ -83,11 +85,11 @@ def connect(
             networks, names = open_networks(
                 [a, b, *(control or [])],
                 OwnModel(model, data, criterion),
-                device=device,
+                device=own_device(device),
                 samples=samples,
             )
-            run = Run(out, "connect", networks.identity | vars(config))
-        with refusals(), bars(console, "curve", "points") as (trains, measures):
+            run = open_by_all(out, "connect", networks.identity | vars(config))
+        with bars(console, "curve", "points") as (trains, measures):
             findings = run_connect(
                 run,
                 networks,
@@ -97,6 +99,8 @@ def connect(
                 trains=trains,
                 measures=measures,
             )
+    if not first:
+        return
     for name, rows in connect_tables(findings).items():
         run.write_table(name, rows)
     run.finish(summary(findings))

@@ -19,7 +19,8 @@ from flatvalley.commands.landscape_options import (
     Workers,
 )
 from flatvalley.commands.refusals import at_the_door, files_wanted, refusals
-from flatvalley.run import Run
+from flatvalley.process_group import PATIENCE, own_device, process_group, world
+from flatvalley.run import open_by_all
 from flatvalley.studies.landscape_networks import OwnModel, open_networks
 from flatvalley.studies.plane import PlaneConfig
 from flatvalley.studies.plane import plane as run_plane
@@ -60,22 +61,24 @@ def plane(
 ) -> None:
     """Evaluate the loss in the plane of three networks, and write figures and a report.
 
-    Goes on where it was stopped. Exit status: 0 if it is done, 2 for a mistake in the options, the
-    networks or the folder, 3 if the curve's training does not stay finite, 130 if interrupted.
+    Goes on where it was stopped. Processes of `torchrun` share the points. Exit status: 0 if it is
+    done, 2 for a mistake in the options, the networks or the folder, 3 if the curve's training does
+    not stay finite, 130 if interrupted.
     """
-    console = Console()
-    with importable_from(Path.cwd()):
+    with importable_from(Path.cwd()), refusals(), process_group(device, timeout=PATIENCE):
+        first = world()[0] == 0
+        console = Console(quiet=not first)
         with at_the_door(), files_wanted():
             size = points, points if points_y is None else points_y
             config = PlaneConfig(size, epochs, lr, seed, samples, batch_norm, precision)
             networks, names = open_networks(
                 [a, b, *([] if c is None else [c])],
                 OwnModel(model, data, criterion),
-                device=device,
+                device=own_device(device),
                 samples=samples,
             )
-            run = Run(out, "plane", networks.identity | vars(config))
-        with refusals(), bars(console, "curve", "points") as (trains, measures):
+            run = open_by_all(out, "plane", networks.identity | vars(config))
+        with bars(console, "curve", "points") as (trains, measures):
             findings = run_plane(
                 run,
                 networks,
@@ -85,6 +88,8 @@ def plane(
                 trains=trains,
                 measures=measures,
             )
+    if not first:
+        return
     for name, rows in sweep_tables(findings.values).items():
         run.write_table(name, rows)
     run.finish(summary(findings))

@@ -18,7 +18,8 @@ from flatvalley.commands.landscape_options import (
     Workers,
 )
 from flatvalley.commands.refusals import at_the_door, files_wanted, refusals
-from flatvalley.run import Run
+from flatvalley.process_group import PATIENCE, own_device, process_group, world
+from flatvalley.run import open_by_all
 from flatvalley.studies.landscape_networks import OwnModel, open_networks
 from flatvalley.studies.surface import KINDS, SurfaceConfig, sweep_tables
 from flatvalley.studies.surface import surface as run_surface
@@ -60,11 +61,13 @@ def surface(
 ) -> None:
     """Evaluate the loss on a grid around one network, and write figures and a report.
 
-    Goes on where it was stopped. Exit status: 0 if it is done, 2 for a mistake in the options, the
-    network or the folder, 3 if a weight is not finite, 130 if interrupted.
+    Goes on where it was stopped. Processes of `torchrun` share the points. Exit status: 0 if it is
+    done, 2 for a mistake in the options, the network or the folder, 3 if a weight is not finite,
+    130 if interrupted.
     """
-    console = Console()
-    with importable_from(Path.cwd()):
+    with importable_from(Path.cwd()), refusals(), process_group(device, timeout=PATIENCE):
+        first = world()[0] == 0
+        console = Console(quiet=not first)
         with at_the_door(), files_wanted():
             config = SurfaceConfig(
                 directions,
@@ -77,11 +80,16 @@ def surface(
                 precision,
             )
             networks, _ = open_networks(
-                [network], OwnModel(model, data, criterion), device=device, samples=samples
+                [network],
+                OwnModel(model, data, criterion),
+                device=own_device(device),
+                samples=samples,
             )
-            run = Run(out, "surface", networks.identity | vars(config))
-        with refusals(), bars(console, "points") as (progress,):
+            run = open_by_all(out, "surface", networks.identity | vars(config))
+        with bars(console, "points") as (progress,):
             findings = run_surface(run, networks, config, workers=workers, progress=progress)
+    if not first:
+        return
     for name, rows in sweep_tables(findings.values).items():
         run.write_table(name, rows)
     run.finish(summary(findings))

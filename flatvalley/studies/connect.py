@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flatvalley.process_group import all_ranks, from_first, world
 from flatvalley.run import Run
 from flatvalley.studies.landscape_networks import POLICIES, PRECISIONS, Networks, Precision
 from hessian import Objective
@@ -92,7 +93,7 @@ class ConnectFindings:
     barriers: Mapping[tuple[str, str, str], Barrier]
     """By path, samples and metric."""
     trained: ConnectedCurve[Any] | None
-    """The curve; None if no epochs were asked for."""
+    """The curve; None if no epochs were asked for, and where another process trained it."""
     controls: tuple[str, ...]
 
     @property
@@ -125,7 +126,8 @@ def connect(
 ) -> ConnectFindings:
     """Train a curve between the first two networks, and measure all paths that leave the first.
 
-    A run that was cut off goes on: with the epochs that are left, and with the points.
+    A run that was cut off goes on: with the epochs that are left, and with the points. Processes
+    of ``torchrun`` share the points; the first one trains.
 
     Args:
         run: The folder.
@@ -146,8 +148,7 @@ def connect(
     trained = None
     others: dict[str, Tensor | Path] = {}
     if config.epochs:
-        trained = train_between(run, networks, config, progress=trains)
-        others[CURVE] = trained.curve
+        others[CURVE], trained = curve_between(run, networks, config, progress=trains)
     controls: dict[str, Tensor] = dict(zip(names[2:], networks.weights[2:], strict=True))
     pruned = _pruned_alike(start, end)
     if pruned is not None:
@@ -162,6 +163,7 @@ def connect(
         precision=cast(Precision, config.precision),
         folder=run.path / "points",
         workers=workers,
+        group=all_ranks(),
         progress=measures,
     )
     barriers = {
@@ -169,6 +171,23 @@ def connect(
         for (path, samples, metric), found in table.barriers.items()
     }
     return ConnectFindings(config, networks, names, barriers, trained, tuple(controls))
+
+
+def curve_between(
+    run: Run, networks: Networks, config: ConnectConfig, *, progress: Progress | None = None
+) -> tuple[Any, ConnectedCurve[Any] | None]:
+    """Return a curve between the first two networks, and on the process that trained it more.
+
+    Raises:
+        NonFiniteError: If the loss or its gradient is not finite.
+    """
+    start = networks.weights[0]
+    if world()[0] > 0:
+        points = from_first(start.new_empty(config.bends + 2, len(start)))
+        return CURVES[config.curve](points), None
+    trained = train_between(run, networks, config, progress=progress)
+    from_first(trained.curve.control_points)
+    return trained.curve, trained
 
 
 def train_between(

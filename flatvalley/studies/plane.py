@@ -1,14 +1,15 @@
 """What ``flatvalley plane`` does: the loss in the plane through three networks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from flatvalley.process_group import all_ranks, from_first, world
 from flatvalley.run import Run
-from flatvalley.studies.connect import ConnectConfig, train_between
+from flatvalley.studies.connect import ConnectConfig, curve_between
 from flatvalley.studies.landscape_networks import Networks, Precision
 from landscape import (
     Barrier,
@@ -106,7 +107,8 @@ def plane(
     """Evaluate the loss in the plane of three networks, or of two and the bend of a curve.
 
     Finished epochs and points are kept in the run's folder; a plane that was cut off goes on with
-    the others and ends with the same bits.
+    the others and ends with the same bits. Processes of ``torchrun`` share the points; the first
+    one trains.
 
     Raises:
         ValueError: If points coincide, or lie on one line.
@@ -116,10 +118,11 @@ def plane(
     curve: Any = None
     marks = dict(zip(names, networks.weights, strict=True))
     if len(marks) == 2:
-        curve = train_between(run, networks, config.curve, progress=trains).curve
+        curve, _ = curve_between(run, networks, config.curve, progress=trains)
         marks[BEND] = curve.control_points[1]
     a, b, c = marks.values()
     through = Plane.through(a, b, c)
+    through = replace(through, u=from_first(through.u), v=from_first(through.v))
     corners = torch.tensor([through.coordinates(w)[:2] for w in (a, b, c)], dtype=torch.float64)
     low, high = corners.min(dim=0).values, corners.max(dim=0).values
     free = MARGIN * (high - low)
@@ -138,9 +141,11 @@ def plane(
         precision=precision,
         folder=run.path / "points",
         workers=workers,
+        group=all_ranks(),
         progress=measures,
     )
-    save_sweep(values, run.path / "surface.safetensors")
+    if world()[0] == 0:
+        save_sweep(values, run.path / "surface.safetensors")
     line = barrier(
         networks.train,
         Line(a, b),
@@ -148,5 +153,6 @@ def plane(
         precision=precision,
         folder=run.path / "line",
         workers=workers,
+        group=all_ranks(),
     )
     return PlaneFindings(config, networks, marks, through, values, curve, line)

@@ -3,12 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from flatvalley.process_group import all_ranks, from_first, world
 from flatvalley.run import Run
 from flatvalley.studies.landscape_networks import (
     POLICIES,
@@ -174,7 +175,7 @@ def surface(
     """Evaluate the loss and, where there are classes, the error on a grid around a network.
 
     Finished points are kept in the run's folder; a surface that was cut off goes on with the
-    others and ends with the same bits.
+    others and ends with the same bits. Processes of ``torchrun`` share the points.
 
     Raises:
         ValueError: As ``draw_plane``.
@@ -182,12 +183,14 @@ def surface(
     """
     directions, space = draw_plane(networks, config)
     w = networks.weights[0]
-    plane = Plane.along(w, directions)
+    # Eigenvectors of two GPUs differ by rounding.
+    u, v = (from_first(direction) for direction in directions.vectors)
+    plane = replace(Plane.along(w, directions), u=u, v=v)
     way = None
     if config.directions == "pca":
         points = read_path(networks.sources[0]).to(w)
         way = project_trajectory(points, directions.basis, w)
-    xs, ys = _axes(config, way, space)
+    xs, ys = map(from_first, _axes(config, way, space))
     policy = networks.batch_norm(config.batch_norm)
     filled = None
     if config.adaptive:
@@ -202,6 +205,7 @@ def surface(
                 precision=cast(Precision, config.precision),
                 folder=run.path / "points",
                 workers=workers,
+                group=all_ranks(),
                 seed=config.seed,
                 progress=progress,
             )
@@ -216,9 +220,11 @@ def surface(
             precision=cast(Precision, config.precision),
             folder=run.path / "points",
             workers=workers,
+            group=all_ranks(),
             progress=progress,
         )
-    save_sweep(values, run.path / "surface.safetensors")
+    if world()[0] == 0:
+        save_sweep(values, run.path / "surface.safetensors")
     return SurfaceFindings(config, networks, directions, plane, values, way, space, filled)
 
 

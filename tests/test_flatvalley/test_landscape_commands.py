@@ -17,11 +17,23 @@ from flatvalley.studies.landscape_networks import OwnModel, find_network, load_n
 from flatvalley.train_config import TrainConfig
 from flatvalley.training import train
 from landscape import load_sweep
-from tests.program import flatvalley, rows
+from tests.program import flatvalley, launched, rows
 
 MODULE = """
+import os
 import torch
 from torch import nn
+
+
+class Noted(nn.Sequential):
+    def forward(self, x):
+        with open(os.environ["FORWARDS"], "a") as file:
+            print(os.environ["RANK"], file=file)
+        return super().forward(x)
+
+
+def noted():
+    return Noted(*net())
 
 
 def net():
@@ -306,3 +318,46 @@ def test_a_file_of_weights_is_the_network_of_its_run(runs):
     assert not torch.equal(
         networks.weights[0], load_networks([find_network(str(runs / "p"), OwnModel())]).weights[0]
     )
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_points_and_end_with_the_same_bits(runs, tmp_path):
+    a, b = runs / "first", runs / "first" / "grda_c0.05"
+    for name, *options in (
+        ["surface", a, "--directions=eigen", "--points=7", "--points-y=5"],
+        ["plane", a, b, "--points=6", "--epochs=2"],
+        ["connect", a, b, "--points=17", "--epochs=2", "--precision=bfloat16"],
+    ):
+        printed = []
+        for processes in (1, 2):
+            out = tmp_path / f"{name}-{processes}"
+            printed.append(launched(runs, processes, name, *options, f"--out={out}"))
+            assert json.loads((out / "run.json").read_text())["status"] == "complete"
+            assert (out / "report.html").exists()
+        one, two = (
+            {
+                file.relative_to(out): file.read_bytes()
+                for out in [tmp_path / f"{name}-{processes}"]
+                for file in out.rglob("*")
+                if file.suffix in (".csv", ".safetensors")
+            }
+            for processes in (1, 2)
+        )
+        assert one == two
+        assert printed[0].count("Report:") == printed[1].count("Report:") == 1
+
+
+@pytest.mark.slow
+def test_each_process_measures_points_of_its_own(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORWARDS", str(tmp_path / "forwards"))
+    options = ["--model=own_landscape:noted", "--data=own_landscape:samples", "--points=17"]
+    file = runs / "p" / "weights.safetensors"
+    counts = []
+    for processes in (1, 2):
+        (tmp_path / "forwards").write_text("")
+        out = tmp_path / str(processes)
+        launched(runs, processes, "surface", file, "--adaptive", *options, f"--out={out}")
+        ranks = (tmp_path / "forwards").read_text().split()
+        counts.append([ranks.count("0"), ranks.count("1")])
+    assert counts[0][1] == 0
+    assert max(counts[1]) < 0.8 * counts[0][0], counts

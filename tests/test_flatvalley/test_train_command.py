@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.program import flatvalley, rows
+from tests.program import flatvalley, launched, rows
 
 ROOT = Path(__file__).parents[2]
 MODULE = """
@@ -205,32 +204,12 @@ def test_a_sparsity_that_is_not_reached_ends_with_status_1(folder, tmp_path):
     assert "did not reach the wanted sparsity" in html
 
 
-def launched(folder, out, processes, *options):
-    """Train in so many processes under torchrun."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            f"--nproc-per-node={processes}",
-            *("-m", "flatvalley", "train", *OWN, "--epochs=5", "--log-every=3", *options),
-            f"--out={out}",
-        ],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(folder, tmp_path):
     runs = RUNS[:2] + RUNS[3:]
-    launched(folder, tmp_path / "two", 2, *runs, "--snapshots=3")
-    status, _, errors = flatvalley(
-        "train", *OWN, "--epochs=5", "--log-every=3", *runs, "--out", tmp_path / "one"
-    )
+    options = ["train", *OWN, "--epochs=5", "--log-every=3", *runs]
+    launched(folder, 2, *options, "--snapshots=3", f"--out={tmp_path / 'two'}")
+    status, _, errors = flatvalley(*options, "--out", tmp_path / "one")
     assert status == 0, errors
     for run in ("sgd", "grda_c0.05", "magnitude_target0.6"):
         one, two = (
