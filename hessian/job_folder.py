@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class JobFolder:
         """What was noted by ``begin``; None in a new folder."""
         self._head = path / head
         self._identity = json.loads(json.dumps(identity))
-        must = f"`{name}` must be new or hold {holds}, but"
+        self._must = must = f"`{name}` must be new or hold {holds}, but"
         if path.exists() and not path.is_dir():
             raise ValueError(f"{must} {path} is a file. Choose another folder.")
         if not self._head.exists():
@@ -49,11 +49,19 @@ class JobFolder:
         keys = [*self._identity, *(key for key in found if key not in self._identity)]
         other = [key for key in keys if found.get(key) != self._identity.get(key)]
         if other:
-            raise ValueError(
-                f"{must} those in {path} have other {', '.join(other)}. Choose another folder, or "
-                "remove that one."
-            )
+            self.refuse(", ".join(other))
         self.notes = notes
+
+    def refuse(self, other: str) -> NoReturn:
+        """Say what in the folder is of another job.
+
+        Raises:
+            ValueError: In any case.
+        """
+        raise ValueError(
+            f"{self._must} those in {self.path} have other {other}. Choose another folder, or "
+            "remove that one."
+        )
 
     def begin(self, **notes: Any) -> None:
         """Write the head of a new folder, with notes for those who go on."""

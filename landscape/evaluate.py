@@ -22,10 +22,18 @@ from landscape.batch_norm import BatchNorm, BatchNormKind, as_batch_norm
 from landscape.combinations import describe_path
 from landscape.paths import Path
 from landscape.planes import Plane
-from landscape.plans import LARGEST_BATCH_SIZE, Plan, Probe, Speed, UnsuitableError, choose_plan
+from landscape.plans import (
+    LARGEST_BATCH_SIZE,
+    Plan,
+    Probe,
+    Speed,
+    UnsuitableError,
+    choose_plan,
+    refused,
+)
 from landscape.point_meter import PER_SAMPLE, Metric, PointMeter, require_metrics
 from landscape.records import Evaluation, Sweep
-from landscape.shards import Shards, identity
+from landscape.shards import Shards, identity, probe_losses
 from landscape.spread import Progress as Progress
 from landscape.spread import Recipe, measure_all, threads
 
@@ -230,6 +238,7 @@ def measured(
         about = identity(objectives, path, rows, chosen, policy, precision)
         about["numbers of a point"] = list(width)
     shards = Shards(None if folder is None else FilePath(folder), about)
+    shards.require_losses(lambda: probe_losses(objectives, path, rows))
     base = Plan(precision=_require_precision(precision), threads=_threads(workers))
     plan = agreed_plan(ranks, lambda: _plan(recipe, rows, speed, base, shards))
     shards.begin(plan.as_json())
@@ -245,9 +254,7 @@ def measured(
                 progress=progress,
             )
         except UnsuitableError as error:
-            raise ValueError(
-                f"`speed` must be a plan that fits the model, the data and the path, got {plan}."
-            ) from error
+            raise refused(plan, error) from error
     return numbers, _provenance(objectives, path, policy, plan)
 
 
@@ -294,12 +301,13 @@ def _plan(recipe: Recipe, rows: Tensor, speed: Speed | Plan, base: Plan, shards:
         return base
     middle = len(rows) // 2
     far, near = rows[[0, middle, -1]], rows[max(0, middle - 1) :][:3]
-    quick = tuple(metric for metric in recipe["metrics"] if metric in PER_SAMPLE)
+    asked = [metric for metric in recipe["metrics"] if metric in PER_SAMPLE]
+    quick = tuple(dict.fromkeys(("loss", *asked)))
 
     def make_probe(plan: Plan) -> Probe:
         meter = PointMeter(**{**recipe, "metrics": quick, "plan": plan, "limit": PROBE_SAMPLES})
         return Probe(
-            lambda: [float(meter.measure(point)[0, 1]) for point in far],
+            lambda: [float(v) for point in far for v in meter.measure(point)[:: len(quick), 1]],
             lambda: [meter.measure(point) for point in near],
             len(near),
         )

@@ -21,8 +21,6 @@ TRIALS = 2
 """Timed runs of a probe, of which the best counts."""
 REDUCED_TOLERANCE = 0.05
 """Largest relative difference of a loss beside a reduced precision, which moves it by itself."""
-COMPILING_SECONDS = 120.0
-"""Work below this is not compiled: that takes some ten seconds for a small network."""
 GAIN = 0.97
 """A way is taken if it takes at most this part of the time of the best so far."""
 
@@ -42,12 +40,13 @@ class Plan:
             done, if nothing but ReLU and such a pooling come after it.
         onednn_linear: Whether oneDNN runs the linear layers instead of torch's BLAS; for float32 on
             a CPU.
-        compiled: Whether ``torch.compile`` runs the model, as one graph; in place of what two
-            options above put in.
+        compiled: Whether ``torch.compile`` runs the model, as one graph, with neither of the two
+            options above nor slices for pooling. Never tried unasked: every process takes some ten
+            seconds for each shape of batch, and a graph may differ by more than rounding.
         precision: ``"bfloat16"`` runs the forward passes for loss and error under autocast.
         threads: Threads within an operation; 0: as torch is set.
-        deviation: Largest relative difference of the loss from the plain way on the probe points;
-            NaN if it was not measured.
+        deviation: Largest relative difference of a loss from the plain way, over the objectives
+            and some probe points, on at most 2048 samples; NaN if it was not measured.
 
     Raises:
         ValueError: If a number is out of range, or two options exclude each other.
@@ -112,7 +111,16 @@ class PlanWarning(UserWarning):
 
 
 class UnsuitableError(Exception):
-    """A plan that does not fit the model, the data or the path."""
+    """A plan that does not fit the model, the data or the path; the message may say why."""
+
+
+def refused(plan: Plan, error: UnsuitableError) -> ValueError:
+    """Return what to tell those who asked for a plan that does not fit."""
+    reason = f" ({error})" if str(error) else ""
+    return ValueError(
+        f"`speed` must be a plan that fits the model, the data and the path, got {plan}{reason}. "
+        "Leave it out: then only ways that fit are taken."
+    )
 
 
 def choose_plan(
@@ -148,9 +156,7 @@ def choose_plan(
         try:
             found = make_probe(fixed).losses()
         except UnsuitableError as error:
-            raise ValueError(
-                f"`speed` must be a plan that fits the model, the data and the path, got {fixed}."
-            ) from error
+            raise refused(fixed, error) from error
         deviation = relative_deviation(found, truth)
         allowed = tolerance if fixed.precision == "full" else REDUCED_TOLERANCE
         if not deviation <= allowed:
@@ -174,17 +180,15 @@ def choose_plan(
 
     def consider(plan: Plan) -> None:
         nonlocal best, best_time
-        began = time.perf_counter()
         try:
             probe = make_probe(plan)
             deviation = relative_deviation(probe.losses(), truth)
             if not deviation <= tolerance:
                 return
-            ready = time.perf_counter() - began if plan.compiled else 0.0
             seconds = probe.seconds(clock)
         except Exception:  # the plain way has run: it is the plan that does not fit the model
             return
-        if ready / work + seconds <= GAIN * best_time:
+        if seconds <= GAIN * best_time:
             best, best_time = replace(plan, deviation=deviation), seconds
 
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -195,10 +199,6 @@ def choose_plan(
         consider(replace(best, batch_size=batch_size))
     if best.batch_size == BATCH_SIZES[-1]:
         consider(replace(best, batch_size=LARGEST_BATCH_SIZE))
-    if best_time * work >= COMPILING_SECONDS:
-        compiled = replace(best, reuse_first_layer=False, onednn_linear=False, compiled=True)
-        for channels_last in {False, best.channels_last}:
-            consider(replace(compiled, channels_last=channels_last))
     return best
 
 

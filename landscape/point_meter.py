@@ -90,6 +90,8 @@ class PointMeter:
             if objective.ranks.size == 1
         }
         if compiled is not None:
+            if len(self._data) < len(self._objectives):
+                raise UnsuitableError("data that are shared over ranks")
             require_few_forms(batch for data in self._data.values() for batch in data.batches)
         samples = self._statistics.samples
         self._normalisers = (
@@ -308,11 +310,8 @@ class _PreparedData(_PreparedBatches):
         if data.held is not None:
             held = data.held if limit is None else _first(data.held, limit)
             self.take(held, plan, layer, objective.num_samples)
-        elif (plan.channels_last, plan.compiled, layer, plan.batch_size) != (
-            False,
-            False,
-            None,
-            None,
+        elif (
+            plan.channels_last or plan.compiled or layer is not None or plan.batch_size is not None
         ):
             raise UnsuitableError
         else:

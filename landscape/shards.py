@@ -1,6 +1,7 @@
 """Finished points of a sweep in a folder, from which a killed one goes on."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path as FilePath
 from typing import Any
@@ -37,6 +38,8 @@ class Shards:
 
     def __init__(self, folder: FilePath | None, identity: Mapping[str, Any]) -> None:
         self._folder = None
+        self._losses: list[float | None] = []
+        self._plan: dict[str, Any] = {}
         if folder is not None:
             self._folder = JobFolder(
                 folder, "sweep.json", identity, name="folder", holds="points of this sweep"
@@ -48,10 +51,22 @@ class Shards:
         found = None if self._folder is None else self._folder.notes
         return None if found is None else found["plan"]
 
+    def require_losses(self, losses: Callable[[], list[float | None]]) -> None:
+        """See that the points so far are of a model and a criterion with these losses.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        if self._folder is None:
+            return
+        self._losses = losses()
+        kept = self._losses if self._folder.notes is None else self._folder.notes.get("losses", [])
+        if len(kept) != len(self._losses) or not all(map(_alike, kept, self._losses)):
+            self._folder.refuse("losses: the model or the criterion has changed")
+
     def begin(self, plan: dict[str, Any]) -> None:
-        """Keep the plan, so that those who go on evaluate in the same way."""
-        if self._folder is not None:
-            self._folder.begin(plan=plan)
+        """Keep the plan with the first points, so that those who go on evaluate in the same way."""
+        self._plan = plan
 
     def read(self, chunk: int, shape: tuple[int, ...]) -> Tensor | None:
         """Return a chunk's numbers, or None if it is not there, whole."""
@@ -66,6 +81,7 @@ class Shards:
     def write(self, chunk: int, sums: Tensor) -> None:
         """Keep a chunk's numbers."""
         if self._folder is not None:
+            self._folder.begin(plan=self._plan, losses=self._losses)
             write_atomically(self._path(chunk), dump_tensors({"sums": sums.contiguous()}))
 
     def _path(self, chunk: int) -> FilePath:
@@ -97,6 +113,34 @@ def identity(
         "type": str(first.dtype),
         "versions": [version("flatvalley"), str(torch.__version__)],
     }
+
+
+def probe_losses(
+    objectives: Mapping[str, Objective], path: Path | Plane, points: Tensor
+) -> list[float | None]:
+    """Return losses on the first batch at the first and the last point; None if not finite.
+
+    They show what names do not: the code of a model and a criterion.
+    """
+    found: list[float | None] = []
+    for point in points[[0, -1]]:
+        w = path(*point.tolist()) if isinstance(path, Plane) else path(float(point))
+        for objective in objectives.values():
+            if objective.ranks.size > 1:  # every rank has other batches
+                continue
+            with torch.no_grad():
+                batch = next(iter(objective.batches()))
+                losses = objective.sample_losses_from_output(objective.output(w, batch), batch)
+            value = float(losses.double().mean())
+            found.append(value if math.isfinite(value) else None)
+    return found
+
+
+def _alike(a: float | None, b: float | None) -> bool:
+    """Whether losses differ by rounding alone."""
+    if a is None or b is None:
+        return a is b
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-9)
 
 
 def _name(criterion: Any) -> str:
