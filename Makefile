@@ -78,8 +78,10 @@ bench-pruning: $(STAMP)  ## every method of pruning on the same networks; hours,
 	$(BIN)/python benchmarks/pruning_tables.py
 	$(BIN)/python benchmarks/pruning_start.py
 	$(BIN)/python benchmarks/resnet20_scores.py
-	$(BIN)/python benchmarks/net_trim_layer.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/net_trim_layer.py
 	$(BIN)/python benchmarks/net_trim_recovery.py
+	$(BIN)/python benchmarks/net_trim_workers.py
+	$(BIN)/python benchmarks/net_trim_study.py lenet-5 lenet-300-100
 
 train-gpu: $(STAMP)  ## the paper's networks on a CUDA device; hours, goes on where it was stopped
 	$(BIN)/python benchmarks/train_gpu.py

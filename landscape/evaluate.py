@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,9 @@ def evaluate(
 
     A point where the loss is NaN or infinite is kept as NaN and counted, never replaced. For other
     metrics or several objectives at once, see `sweep`, which this is the short form of.
+
+    Memory: one flat vector beyond model and path; the data, up to 4 GiB; and where they are reused
+    the first layer's outputs, up to 2 GiB.
 
     Args:
         objective: The loss L.
@@ -231,6 +234,7 @@ def measured(
     # Other layers with running statistics, such as instance norm, have no policy.
     warn_about_batch_norm(first, {} if policy.kind == "frozen" else batch_norm_layers(first.model))
     recipe = {"objectives": objectives, "path": path, "metrics": chosen, "policy": policy}
+    _require_speed(speed)
     ranks = Ranks(group, first.device)
     require_same_work(ranks, objectives, path, rows)
     about: dict[str, Any] = {}
@@ -343,6 +347,11 @@ def _provenance(
 
 def _threads(workers: int) -> int:
     return max(1, torch.get_num_threads() // workers)
+
+
+def _require_speed(speed: Speed | Plan) -> None:
+    if not isinstance(speed, Plan) and speed not in get_args(Speed):
+        raise ValueError(f'`speed` must be "auto", "plain" or a `Plan`, got {speed!r}.')
 
 
 def _require_precision(precision: str) -> Literal["full", "bfloat16"]:

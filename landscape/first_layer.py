@@ -1,5 +1,6 @@
 """The layer that alone stands between a model's inputs and all else that has weights."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -43,8 +44,11 @@ class FirstLayer:
 
     def weights(self, objective: Objective, v: Tensor) -> dict[str, Tensor]:
         """Its part of a flat vector."""
-        parts = objective.unflatten(v)
-        return {name.rpartition(".")[2]: parts[name] for name in self.names}
+        return self.part(objective.unflatten(v))
+
+    def part(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Its part of all weights, by the names that it has for them."""
+        return {name.rpartition(".")[2]: weights[name] for name in self.names}
 
     def outputs(self, weights: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, ...]:
         """Return what comes out: its maximum is what is pooled, if that is all that is seen."""
@@ -61,12 +65,13 @@ class FirstLayer:
         return standing_in(forwards)
 
 
-def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
+def find_first_layer(objective: Objective, batch: Batch, scratch: Tensor) -> FirstLayer | None:
     """Return the first layer if its output is affine in the weights on fixed inputs, else None.
 
     It must be linear or a convolution and nothing else (no hook, no weight normalisation), run once
     in a forward pass, and see an input that depends on no weight and no running statistics. Costs
-    some forward passes over a few samples.
+    some forward passes over a few samples. No copy of the weights is made: the scratch space, a
+    flat vector, is written instead.
     """
     few = first_samples(batch, 2)
     candidates = {m for m in objective.model.modules() if _is_affine(m)}
@@ -78,13 +83,16 @@ def find_first_layer(objective: Objective, batch: Batch) -> FirstLayer | None:
         calls.append((module, seen.clone() if isinstance(seen, Tensor) else None))
 
     handles = [module.register_forward_pre_hook(note) for module in modules]
-    w = objective.weights()
+    own = _own_weights(objective)
     try:
         with torch.no_grad():
             runs = []
-            for other in (w, 0.5 * w + 0.01):
+            for moved in (False, True):
                 calls.clear()
-                objective.output(other, few)
+                if moved:
+                    for name, part in objective.unflatten(scratch).items():
+                        torch.mul(own[name], 0.5, out=part).add_(0.01)
+                objective.run_at(objective.unflatten(scratch) if moved else own, on(few))
                 runs.append(list(calls))
     finally:
         for handle in handles:
@@ -122,7 +130,7 @@ def input_of(module: nn.Module, objective: Objective, batch: Batch) -> Tensor:
 
     handle = module.register_forward_pre_hook(stop)
     try:
-        objective.output(objective.weights(), batch)
+        objective.run_at(_own_weights(objective), on(batch))
     except _ReachedError:
         pass
     finally:
@@ -130,18 +138,28 @@ def input_of(module: nn.Module, objective: Objective, batch: Batch) -> Tensor:
     return seen[0]
 
 
+def _own_weights(objective: Objective) -> dict[str, Tensor]:
+    """The model's own, by name; no copies."""
+    return {name: objective.model.get_parameter(name).detach() for name in objective.shapes}
+
+
+def on(batch: Batch) -> Callable[[Callable[[Batch], Any]], Any]:
+    """What `Objective.run_at` is to do: run the model on one batch."""
+    return lambda output: output(batch)
+
+
 def _is_alone(layer: FirstLayer, objective: Objective, batch: Batch) -> bool:
     """Whether the model's output stays what it is when only the layer's weights change."""
-    w = objective.weights()
-    weights = objective.unflatten(w)
-    changed = weights | {name: torch.full_like(weights[name], torch.nan) for name in layer.names}
+    weights = _own_weights(objective)
+    nan = next(iter(weights.values())).new_tensor(torch.nan)
+    changed = weights | {name: nan.expand_as(weights[name]) for name in layer.names}
     outputs: list[Any] = []
     with torch.no_grad():
         inputs = input_of(layer.module, objective, batch)
-        first = functional_call(layer.module, layer.weights(objective, w), inputs)
+        first = functional_call(layer.module, layer.part(weights), inputs)
         for each in (weights, changed):
             with layer.returning(first.clone()):
-                found = objective.run_at(each, lambda output: output(batch))
+                found = objective.run_at(each, on(batch))
             outputs.append(found)
     return _equal(*outputs)
 
@@ -161,7 +179,7 @@ def _pooling_of(layer: FirstLayer, objective: Objective, batch: Batch) -> nn.Max
     handles.append(layer.module.register_forward_hook(lambda _, __, out: reach.follow(out)))
     try:
         with torch.no_grad(), reach:
-            objective.output(objective.weights(), batch)
+            objective.run_at(_own_weights(objective), on(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -208,14 +226,14 @@ def _is_seen_through(layer: FirstLayer, objective: Objective, batch: Batch) -> b
     """
     if layer.pooling is None:
         return False
-    w = objective.weights()
+    weights = _own_weights(objective)
     with torch.no_grad():
-        expected = objective.output(w, batch)
+        expected = objective.run_at(weights, on(batch))
         inputs = input_of(layer.module, objective, batch)
-        places = layer.outputs(layer.weights(objective, w), inputs)
+        places = layer.outputs(layer.part(weights), inputs)
         try:
             with layer.returning(reduce(torch.maximum, places)):
-                found = objective.output(w, batch)
+                found = objective.run_at(weights, on(batch))
         except Exception:  # whatever the model raises at a size that it does not know
             return False
     return _equal(found, expected)

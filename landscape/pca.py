@@ -60,11 +60,13 @@ def principal_components(
         Antognini & Sohl-Dickstein (2018), PCA of high dimensional random walks with comparison to
         neural network training.
     """
-    t = len(points)
-    if t < 2:
+    if points.ndim != 2 or len(points) < 2:
+        got = f"shape {list(points.shape)}" if points.ndim != 2 else str(len(points))
         raise ValueError(
-            f"`points` must hold at least 2 checkpoints to have a component, got {t}. Record more."
+            "`points` must hold at least 2 checkpoints, one a row, to have a component, got "
+            f"{got}. Record more."
         )
+    t = len(points)
     if not 1 <= num <= t - 1:
         raise ValueError(f"`num` must be between 1 and {t - 1}, got {num} for {t} points.")
     if center not in ("mean", "last"):

@@ -53,6 +53,13 @@ class Plane:
     unit: str | None = None
 
     def __post_init__(self) -> None:
+        kinds = [_kind(v) for v in (self.origin, self.u, self.v)]
+        for name, kind in zip("uv", kinds[1:], strict=True):
+            if kind != kinds[0] or self.origin.ndim != 1:
+                raise ValueError(
+                    f"`{name}` must be a flat vector like `origin`, {kinds[0]}, got {kind}. "
+                    "Flatten directions in the order of the objective's weights."
+                )
         lengths = self.lengths
         if not all(length > 0 and math.isfinite(length) for length in lengths):
             raise ValueError(
@@ -195,3 +202,7 @@ def grid(
         if axis.ndim != 1 or len(axis) == 0 or not all(map(math.isfinite, axis.tolist())):
             raise ValueError(f"`{name}` must hold at least one value, all finite, got {axis}.")
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def _kind(v: Tensor) -> str:
+    return f"shape {list(v.shape)} in {v.dtype} on {v.device}"

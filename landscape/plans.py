@@ -150,9 +150,11 @@ def choose_plan(
     """
     if fixed is None and base.precision == "full" and work < WORTHWHILE_POINTS:
         return replace(base, deviation=0.0)
+    # No probe outlives its use: each holds weights.
     plain = make_probe(replace(base, precision="full"))
     truth = plain.losses()
     if fixed is not None:
+        del plain
         try:
             found = make_probe(fixed).losses()
         except UnsuitableError as error:
@@ -171,10 +173,12 @@ def choose_plan(
     # What other processes do to the wall clock does not matter to one thread.
     clock = time.process_time if alone else time.perf_counter
     best, best_time = replace(base, deviation=0.0), plain.seconds(clock)
+    del plain
     if base.precision != "full":
         probe = make_probe(base)
         best = replace(base, deviation=relative_deviation(probe.losses(), truth))
         best_time, tolerance = probe.seconds(clock), REDUCED_TOLERANCE
+        del probe
     if best_time * work < WORTHWHILE_SECONDS:
         return best
 

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hessian.batches import Batch, batch_length, first_samples, map_tensors
+from hessian.batches import Batch, batch_length, first_samples
 from hessian.eigensolvers import leading_eigenspace
 from hessian.errors import NonFiniteError
 from hessian.objective import Objective
 from hessian.precision import in_precision
 from hessian.products import hessian_operator
 from landscape.batch_norm import BatchNorm, PointStatistics
-from landscape.combinations import as_combination, write_weights_
+from landscape.channels_last import ChannelsLastKernels, with_channels_last
+from landscape.combinations import Combination, as_combination, write_weights_
 from landscape.compiled_model import CompiledModel, require_few_forms
 from landscape.first_layer import FirstLayer, find_first_layer
 from landscape.max_pooling import sliced_forwards
@@ -36,10 +38,11 @@ EIGENVALUE_PRODUCTS = 300
 
 
 class PointMeter:
-    """Measures points of a path or plane. Memory: one flat vector beyond model, path and data.
+    """Measures points of a path or plane.
 
-    Kernels in channels-last order take their part of a second one, and reused outputs of the first
-    layer what `ReusedOutputs` says.
+    Memory: one flat vector beyond model, path and data, and all kernels once more if they lie with
+    the channels last and a metric needs derivatives. Reused outputs of the first layer grow with
+    the data, as `ReusedOutputs` says.
 
     Args:
         objectives: By name; all of one model and one selection of weights.
@@ -76,16 +79,23 @@ class PointMeter:
             first.require_vector(v, "w")
         self._w = torch.empty(first.size, dtype=first.dtype, device=first.device)
         self._views = first.unflatten(self._w)
-        self._kernels = self._channels_last_kernels() if plan.channels_last else {}
-        self._weights = {**self._views, **self._kernels}
-        self._forwards = _forwards(first, plan)
+        in_place = set(metrics) <= set(PER_SAMPLE) and all(
+            objective.ranks.size == 1 for objective in objectives.values()
+        )
+        self._kernels = (
+            ChannelsLastKernels(self._views, in_place=in_place) if plan.channels_last else None
+        )
+        self._weights = self._views | (self._kernels.kernels if self._kernels else {})
+        self._model_at = _ModelAt(self._weights, _forwards(first, plan), self._combination)
         compiled = CompiledModel(first.model) if plan.compiled else None
         layer = self._first_layer(first) if plan.reuse_first_layer else None
         self._written = [slice(0, first.size)]
         if layer is not None and layer.alone and set(metrics) <= set(PER_SAMPLE):
             self._written = _entries_without(first, layer.names)
+            if self._kernels is not None:
+                self._kernels.leave_out(layer.names)
         self._data = {
-            name: _PreparedData(self, objective, plan, layer, compiled, limit)
+            name: _PreparedData(self._model_at, objective, plan, layer, compiled, limit)
             for name, objective in self._objectives.items()
             if objective.ranks.size == 1
         }
@@ -95,7 +105,9 @@ class PointMeter:
             require_few_forms(batch for data in self._data.values() for batch in data.batches)
         samples = self._statistics.samples
         self._normalisers = (
-            _PreparedBatches(self, in_precision(self._with_buffers(first), plan.precision))
+            _PreparedBatches(
+                self._model_at, in_precision(self._with_buffers(first), plan.precision)
+            )
             if samples
             else None
         )
@@ -149,8 +161,8 @@ class PointMeter:
             for entries in self._written:
                 write_weights_(self._w, self._combination, point, entries)
             coefficients = self._combination.coefficients(point)
-        for name, kernel in self._kernels.items():
-            kernel.copy_(self._views[name])
+        if self._kernels is not None:
+            self._kernels.take_()
         for data in [*self._data.values(), *([self._normalisers] if self._normalisers else [])]:
             data.move_to(coefficients)
         self._statistics.begin_(float(point) if point.ndim == 0 else None)
@@ -224,30 +236,33 @@ class PointMeter:
     def _with_buffers(self, objective: Objective) -> Objective:
         return objective.with_buffers(self._statistics.buffers)
 
-    def _channels_last_kernels(self) -> dict[str, Tensor]:
-        return {
-            name: torch.empty_like(view, memory_format=torch.channels_last)
-            for name, view in self._views.items()
-            if view.ndim == 4
-        }
-
     def _first_layer(self, objective: Objective) -> FirstLayer:
         """The first layer, if it can be reused."""
         if self._combination is None or objective.ranks.size > 1:
             raise UnsuitableError
-        layer = find_first_layer(objective, next(iter(objective.batches())))
+        layer = find_first_layer(objective, next(iter(objective.batches())), self._w)
         if layer is None:
             raise UnsuitableError
         return layer
+
+
+@dataclass(frozen=True)
+class _ModelAt:
+    """What the model runs with at the meter's point."""
+
+    weights: dict[str, Tensor]
+    forwards: Forwards
+    combination: Combination | None
 
 
 class _PreparedBatches:
     """Batches, and the model's outputs on them at the meter's point."""
 
     def __init__(
-        self, meter: PointMeter, objective: Objective, forward: CompiledModel | None = None
+        self, model_at: _ModelAt, objective: Objective, forward: CompiledModel | None = None
     ) -> None:
-        self._meter, self._objective, self._forward = meter, objective, forward
+        # Not the meter itself, whose weights would then wait for the garbage collector.
+        self._model_at, self._objective, self._forward = model_at, objective, forward
         self.batches: Iterable[Batch] = []
         self._reused: ReusedOutputs | None = None
 
@@ -256,9 +271,9 @@ class _PreparedBatches:
     ) -> None:
         """Hold these batches, in the plan's layout; there may be more samples later."""
         if plan.channels_last:
-            batches = [_channels_last(batch) for batch in batches]
+            batches = [with_channels_last(batch) for batch in batches]
         self.batches = batches
-        combination = self._meter._combination
+        combination = self._model_at.combination
         if layer is not None and combination is not None:
             each = bytes_per_sample(layer, self._objective, batches[0], combination)
             if each * num_samples > REUSE_BYTES:
@@ -289,8 +304,8 @@ class _PreparedBatches:
                     found = output(batch)
                 take(found, batch)
 
-        with torch.no_grad(), standing_in(self._meter._forwards):
-            self._objective.run_at(self._meter._weights, work, forward=self._forward)
+        with torch.no_grad(), standing_in(self._model_at.forwards):
+            self._objective.run_at(self._model_at.weights, work, forward=self._forward)
 
 
 class _PreparedData(_PreparedBatches):
@@ -298,14 +313,14 @@ class _PreparedData(_PreparedBatches):
 
     def __init__(
         self,
-        meter: PointMeter,
+        model_at: _ModelAt,
         objective: Objective,
         plan: Plan,
         layer: FirstLayer | None,
         compiled: CompiledModel | None,
         limit: int | None,
     ) -> None:
-        super().__init__(meter, in_precision(objective, plan.precision), compiled)
+        super().__init__(model_at, in_precision(objective, plan.precision), compiled)
         data = ResidentData(objective, plan.batch_size)
         if data.held is not None:
             held = data.held if limit is None else _first(data.held, limit)
@@ -395,15 +410,3 @@ def _errors(output: Any, batch: Batch) -> Tensor:
     wrong = zero_one_loss(output, batch[-1]).reshape(len(output), -1).mean(dim=1)
     finite = torch.isfinite(output).reshape(len(output), -1).all(dim=1)
     return torch.where(finite, wrong, torch.nan)
-
-
-def _channels_last(batch: Batch) -> Batch:
-    found: Batch = map_tensors(
-        batch,
-        lambda t: (
-            t.contiguous(memory_format=torch.channels_last)
-            if t.ndim == 4 and t.is_floating_point()
-            else t
-        ),
-    )
-    return found

@@ -156,7 +156,8 @@ class _WithOutputs:
         self._outputs: list[Tensor] = []
         with torch.no_grad():
             for batch in one_pass(batches):
-                z = functional_call(model, {}, to_device(batch, device))
+                arguments = tuple(to_device(batch, device))
+                z = functional_call(model, {}, arguments)
                 if not isinstance(z, Tensor) or z.ndim < 2:
                     what = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
                     raise TypeError(
@@ -165,7 +166,8 @@ class _WithOutputs:
                     )
                 if not all_finite(z):
                     raise NonFiniteError(
-                        "The dense network's outputs hold a NaN or an infinity. Look at its "
+                        "The dense network's outputs hold a NaN or an infinity, from "
+                        f"{_first_not_finite(model, arguments)} on. Look at its "
                         "weights and at the inputs."
                     )
                 # Clones, because a model may return a view of what it goes on using.
@@ -177,3 +179,25 @@ class _WithOutputs:
 
     def __len__(self) -> int:
         return len(self._outputs)
+
+
+def _first_not_finite(model: nn.Module, arguments: tuple[Any, ...]) -> str:
+    """Name what in a forward pass first holds a NaN or an infinity."""
+    if not all(all_finite(t) for t in arguments if isinstance(t, Tensor)):
+        return "its inputs"
+    names: list[str] = []
+
+    def look(name: str, out: Any) -> None:
+        if not names and isinstance(out, Tensor) and not all_finite(out):
+            names.append(f"`{name}`" if name else "the model itself")
+
+    handles = [
+        module.register_forward_hook(lambda _, __, out, name=name: look(name, out))
+        for name, module in model.named_modules()
+    ]
+    try:
+        model(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names[0] if names else "the model itself"

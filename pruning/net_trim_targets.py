@@ -80,7 +80,7 @@ def outputs(
     if not all_finite(Y):
         raise NonFiniteError(
             "What comes out of the layer overflows: `W` times `X` is not finite. Look at the "
-            "calibration inputs, or pass them in float64."
+            f"calibration inputs{'' if X.dtype == torch.float64 else ', or pass them in float64'}."
         )
     return Y.relu_() if kind == "relu" else Y
 

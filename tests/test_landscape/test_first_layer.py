@@ -215,20 +215,20 @@ def test_combined_outputs_give_the_same_loss(kind, shape, channels_last):
 @pytest.mark.parametrize("kind", DOES_NOT)
 def test_layers_that_are_not_affine_in_the_weights_alone_are_left_to_the_model(kind):
     objective, _ = build(kind)
-    assert find_first_layer(objective, next(objective.batches())) is None
+    assert find_first_layer(objective, next(objective.batches()), objective.weights()) is None
 
 
 @pytest.mark.parametrize("kind", SUITS)
 def test_weights_that_something_else_uses_are_known(kind):
     objective, _ = build(kind)
-    layer = find_first_layer(objective, next(objective.batches()))
+    layer = find_first_layer(objective, next(objective.batches()), objective.weights())
     assert layer.alone == (kind != "shared")
 
 
 @pytest.mark.parametrize("kind", SUITS)
 def test_outputs_that_only_a_max_pooling_sees_are_known(kind):
     objective, _ = build(kind)
-    layer = find_first_layer(objective, next(objective.batches()))
+    layer = find_first_layer(objective, next(objective.batches()), objective.weights())
     assert (layer.pooling is not None) == (kind in POOLED)
 
 
@@ -236,7 +236,7 @@ def test_a_frozen_first_layer_is_left_to_the_model():
     x = torch.ones(4, 36).double()
     model = build("mlp")[0].model
     objective = Objective(model, lambda o, t: (o**2).mean(dim=1), (x, x), parameters="3.*")
-    assert find_first_layer(objective, (x, x)) is None
+    assert find_first_layer(objective, (x, x), objective.weights()) is None
 
 
 def test_the_layer_comes_back_after_an_exception():

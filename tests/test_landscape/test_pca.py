@@ -70,8 +70,10 @@ def test_running_statistics_are_no_part_of_the_points():
 
 def test_refusals():
     points = walk()
-    with pytest.raises(ValueError, match="at least 2 checkpoints to have a component, got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 checkpoints, one a row, .* got 1"):
         principal_components(points[:1], num=1)
+    with pytest.raises(ValueError, match=r"one a row, .* got shape \[20\]"):
+        principal_components.__wrapped__(torch.ones(20), num=1)
     with pytest.raises(ValueError, match="all 4 checkpoints are equal"):
         principal_components(points[:1].expand(4, -1).float(), num=1)
     with pytest.raises(ValueError, match="span at least 2 dimensions, got 1"):

@@ -142,3 +142,19 @@ def test_grid_is_in_ij_order_and_need_not_be_square():
 def test_an_empty_or_infinite_axis_is_named(bad):
     with pytest.raises(ValueError, match="`ys` must hold at least one value, all finite"):
         grid([0.0], bad)
+
+
+def test_axes_of_another_length_or_type_are_refused():
+    """Past the annotations, which only these tests check."""
+    w = random_points(1)[0]
+    for name, u, v, got in (
+        ("u", w[1:], w, r"shape \[39\] in torch.float64"),
+        ("v", w.flip(0), w[1:], r"shape \[39\] in torch.float64"),
+        ("u", w[1:], w[1:], r"shape \[39\] in torch.float64"),
+        ("v", w.flip(0), w.float(), r"shape \[40\] in torch.float32"),
+    ):
+        plane = object.__new__(Plane)
+        for field, value in (("origin", w), ("u", u), ("v", v)):
+            object.__setattr__(plane, field, value)
+        with pytest.raises(ValueError, match=rf"`{name}` must be a flat vector like .* got {got}"):
+            plane.__post_init__()

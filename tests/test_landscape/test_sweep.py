@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import weakref
 from itertools import pairwise
 from multiprocessing import parent_process
 
@@ -332,20 +333,26 @@ def test_files_keep_every_bit(tmp_path, problem):
         load_sweep(tmp_path / "one.safetensors")
 
 
-class LargeStorages(TorchDispatchMode):
-    """Counts the storages of some size that operations make, even those that are soon freed."""
+class PeakMemory(TorchDispatchMode):
+    """The most bytes at once in storages that operations made and that are still held."""
 
-    def __init__(self, num_bytes):
+    def __init__(self):
         super().__init__()
-        self.num_bytes, self.count = num_bytes, 0
+        self.peak, self._live = 0, {}
+
+    @property
+    def now(self):
+        return sum(self._live.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs or {}))}
+        known = {place(t) for t in tensors((args, kwargs or {}))}
         out = func(*args, **(kwargs or {}))
         for tensor in tensors(out):
-            storage = tensor.untyped_storage()
-            new = storage.data_ptr() not in known
-            self.count += new and storage.nbytes() >= self.num_bytes
+            key, storage = place(tensor), tensor.untyped_storage()
+            if key not in known and key not in self._live:
+                self._live[key] = storage.nbytes()
+                weakref.finalize(storage, self._live.pop, key, None)
+                self.peak = max(self.peak, self.now)
         return out
 
 
@@ -353,20 +360,45 @@ def tensors(value):
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.mark.parametrize("speed", ["plain", Plan(channels_last=True)])
-def test_a_whole_grid_takes_no_more_than_two_vectors_beyond_the_directions(speed):
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(8, 64, 5), nn.Flatten(), nn.Linear(64, 2)))
-    x = torch.zeros(2, 8, 5, 5), torch.zeros(2).long()
-    objective = Objective(model.float(), nn.CrossEntropyLoss(), x)
+def place(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def dense_network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(8 * 81, 300), nn.ReLU(), nn.Linear(300, 2))
+
+
+def convolutions():
+    layers = nn.Conv2d(8, 64, 5), nn.ReLU(), nn.Conv2d(64, 128, 5)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 2))
+
+
+@pytest.mark.parametrize("network_of", [dense_network, convolutions])
+@pytest.mark.parametrize(
+    "speed",
+    [
+        "plain",
+        "auto",
+        Plan(reuse_first_layer=True),
+        Plan(channels_last=True),
+        Plan(channels_last=True, reuse_first_layer=True),
+    ],
+    ids=["plain", "auto", "reused", "channels last", "both"],
+)
+def test_a_whole_grid_takes_one_vector_beyond_the_plane(network_of, speed, monkeypatch):
+    monkeypatch.setattr("landscape.plans.WORTHWHILE_SECONDS", 0.0)  # trials and all
+    monkeypatch.setattr("landscape.plans.GAIN", 10.0)
+    x = torch.linspace(-9, 9, 2 * 8 * 81).sin().view(2, 8, 9, 9), torch.arange(2)
+    objective = Objective(seeded(network_of).float(), nn.CrossEntropyLoss(), x)
     w = objective.weights()
-    plane = Plane(w, torch.ones_like(w), torch.linspace(-1, 1, len(w)))
-    points = grid(torch.linspace(-1, 1, 3), torch.linspace(0, 1, 5))
-    with LargeStorages(num_bytes=4 * len(w) // 2) as large:
-        evaluate(objective, plane, points, speed=speed)
-    if speed == "plain":
-        assert large.count == 1
-    else:  # a trial beside, with the plain way before it; each point of it allocates nothing
-        assert large.count == 1 + 2 + 2
+    plane = Plane(w, torch.full_like(w, 1e-3), torch.linspace(-1e-3, 1e-3, len(w)))
+    side = 15 if speed == "auto" else 3
+    points = grid(torch.linspace(-1, 1, side), torch.linspace(0, 1, side))
+    with PeakMemory() as memory:
+        found = evaluate(objective, plane, points, speed=speed)
+    if speed == "auto":
+        assert found.provenance["plan"]["reuse_first_layer"]
+    assert 4 * len(w) <= memory.peak < 1.5 * 4 * len(w)
 
 
 @pytest.mark.parametrize("plan", [Plan(batch_size=4), Plan(reuse_first_layer=True)])
@@ -491,6 +523,8 @@ def test_bad_options_are_named(problem):
         sweep.__wrapped__(objective, plane, POINTS, metrics=("accuracy",))
     with pytest.raises(ValueError, match="`metrics` must name each metric once"):
         sweep(objective, plane, POINTS, metrics=("loss", "loss"))
+    with pytest.raises(ValueError, match=r'`speed` must be "auto", "plain" or a `Plan`, got .fast'):
+        sys.modules["landscape.evaluate"]._require_speed.__wrapped__("fast")
     with pytest.raises(ValueError, match="`workers` must be at least 1, got 0"):
         evaluate(objective, plane, POINTS, workers=0)
     with pytest.raises(ValueError, match='`precision` must be "full" or "bfloat16"'):

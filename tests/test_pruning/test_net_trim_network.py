@@ -557,6 +557,23 @@ def test_networks_that_cannot_be_pruned_are_refused():
         net_trim(mlp(), x, epsilon=0.1)
 
 
+@pytest.mark.parametrize("layer", [2, 4])
+def test_an_overflow_that_reaches_the_output_names_where_it_began(layer):
+    model = seeded(
+        lambda: nn.Sequential(
+            *(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+        )
+    ).float()
+    model[0].weight.data *= 1e6
+    model[layer].weight.data *= 1e38
+    before = snapshot(model)
+    with pytest.raises(NonFiniteError, match=f"from `{layer}` on"):
+        net_trim(model, normal(20, 6).float(), epsilon=0.1)
+    assert_untouched(model, before)
+    with pytest.raises(NonFiniteError, match="from its inputs on"):
+        net_trim(model, normal(20, 6).float() / 0.0, epsilon=0.1)
+
+
 class Masked(Runs):
     """Activations that are not finite where no output sees them."""
 
