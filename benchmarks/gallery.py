@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from flatvalley.models import tanh_mlp
 from hessian import ConvergenceWarning, Objective, hessian_operator, leading_eigenspace
 from hessian.batch_statistics import recalibrate_batch_norm_
 from landscape import (
+    BatchNorm,
     BezierCurve,
     Directions,
     Evaluation,
@@ -81,6 +83,17 @@ class Subject:
     test: tuple[Tensor, Tensor]
     epochs: int
     lr: float
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What pictures say of where they come from."""
+        normalises = any(isinstance(m, nn.BatchNorm2d) for m in self.make(0).modules())
+        return {
+            "script": "benchmarks/gallery.py, which has all seeds",
+            "data": f"{self.name}, {len(self.train[0])} train and {len(self.test[0])} test images",
+            "batch norm": BatchNorm().words if normalises else "none in the model",
+            "versions": f"flatvalley {version('flatvalley')}, torch {torch.__version__}",
+        }
 
     def objective(self, part: str = "train", error: bool = False, **options: object) -> Objective:
         """The loss, or error, on all data of a part."""
@@ -196,7 +209,7 @@ def random_lines(s: Subject) -> Figure:
         w, objective = points[-1], s.objective()
         directions = random_directions(objective, at=w, num=6)
         found[name] = [evaluate(objective, Line(w, w + d), ts) for d in directions.vectors]
-    return plot_random_lines(found, log=True).figure
+    return plot_random_lines(found, ylabel="training loss", log=True).figure
 
 
 def random_plane(s: Subject) -> tuple[Plane, Directions]:
@@ -404,8 +417,7 @@ def main() -> None:
         for draw in KINDS:
             name = f"{draw.__name__}_{subject.name}"
             if not wanted or name in wanted or draw.__name__ in wanted:
-                about = {"script": "benchmarks/gallery.py", "subject": name, "seeds": "0, 1"}
-                save(draw(subject), folder / f"{name}.png", about)
+                save(draw(subject), folder / f"{name}.png", subject.about | {"picture": name})
 
 
 if __name__ == "__main__":

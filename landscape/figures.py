@@ -14,6 +14,7 @@ from landscape.figure_style import (
     legend_above,
     line_style,
     log_scale,
+    mean_and_reach,
     new_axes,
     new_column,
     require_some,
@@ -184,14 +185,13 @@ def plot_share(
                 f'`shares["{name}"]` must hold one value for each of the {len(ks)} entries of '
                 f"`ks`, got shape {list(share.shape)}."
             )
-        mean = rows.mean(axis=0)
-        reach = np.stack([mean - rows.min(axis=0), rows.max(axis=0) - mean])
+        mean, reach = mean_and_reach(rows)
         many = len(rows) > 1
         ax.errorbar(
             ks,
             mean,
             yerr=reach if many else None,
-            label=f"{name} ({len(rows)} runs)" if many else name,
+            label=f"{name} ({len(rows)} runs, mean and range)" if many else name,
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
             capsize=2,

@@ -173,7 +173,7 @@ def plot_barriers(
             xs,
             mean,
             yerr=reach,
-            label=f"{name} ({len(rows)} runs)" if len(rows) > 1 else name,
+            label=f"{name} ({len(rows)} runs, mean and range)" if len(rows) > 1 else name,
             marker=MARKERS[(0, 3)[i % 2]],
             markersize=5,
             capsize=2,

@@ -48,7 +48,7 @@ class LayerCalls(TorchFunctionMode):
     def __init__(self, parts: dict[str, Tensor], heard: Callable[[LayerCall], None]) -> None:
         super().__init__()
         # Views of one vector: the place in memory tells them apart, also after they are cut anew.
-        self._names = {(t.data_ptr(), t.shape): name for name, t in parts.items() if t.numel()}
+        self._names = {_place(t): name for name, t in parts.items() if t.numel()}
         self._heard = heard
 
     def __torch_function__(
@@ -76,10 +76,15 @@ class LayerCalls(TorchFunctionMode):
         out: Tensor | None = None,
         channel: int = -1,
     ) -> None:
-        name = self._names.get((weight.data_ptr(), weight.shape))
+        name = self._names.get(_place(weight))
         if name is not None:
-            own = None if bias is None else self._names.get((bias.data_ptr(), bias.shape))
+            own = None if bias is None else self._names.get(_place(bias))
             self._heard(LayerCall(name, own, parts, groups, out, channel))
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from all others, its transpose among them."""
+    return t.data_ptr(), t.shape, t.stride()
 
 
 def _linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

@@ -223,7 +223,7 @@ def test_share_shows_mean_reach_and_the_random_band():
     vertices = band.get_paths()[0].vertices
     ends = vertices[vertices[:, 0] == 10][:, 1]
     assert (ends.min(), ends.max()) == pytest.approx(random_share_interval(10, 100))
-    assert legend_of(ax)[-2:] == ["repeated (2 runs)", "once"]
+    assert legend_of(ax)[-2:] == ["repeated (2 runs, mean and range)", "once"]
 
 
 def test_share_rows_of_another_length_are_named():

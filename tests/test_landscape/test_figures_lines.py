@@ -83,7 +83,7 @@ def test_barriers_below_zero_are_hatched_and_repeats_have_bars():
     np.testing.assert_allclose(ax.containers[0].lines[0].get_ydata(), [2, -0.3, 0.2], rtol=1e-6)
     bars = ax.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose([bars[0][0][1], bars[0][1][1]], [1, 3])
-    assert legend_of(ax) == ["train (2 runs)", "test"]
+    assert legend_of(ax) == ["train (2 runs, mean and range)", "test"]
     (hatched,) = [p for p in ax.patches if p.get_hatch()]
     low, high = ax.get_ylim()
     assert hatched.get_y() == low < -0.4
