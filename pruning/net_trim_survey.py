@@ -55,6 +55,7 @@ class _Calls:
 
     def __init__(self) -> None:
         self.biases: set[str | None] = set()
+        self.kinds_of_groups: set[int] = set()
         self.groups, self.rows, self.inputs, self.is_table = 1, 0, 0, False
         self.tails: list[Tail] = []
 
@@ -65,6 +66,7 @@ class _Calls:
                 self.is_table = True
             else:
                 self.groups, rows, self.inputs = part.shape
+                self.kinds_of_groups.add(self.groups)
                 self.rows += rows
 
     @property
@@ -204,6 +206,8 @@ def _why_not(name: str, calls: _Calls, objective: Objective, exclude: Sequence[s
         return "it is a table of embeddings"
     if len(calls.biases) > 1:
         return "it is called with more than one bias"
+    if len(calls.kinds_of_groups) > 1:
+        return "it is called with different numbers of groups"
     return "" if calls.rows else "no sample goes into it"
 
 

@@ -493,3 +493,22 @@ def test_a_transpose_is_not_taken_for_the_weight_itself():
     (layer,) = trim.layers
     assert layer.kind == "relu"  # of the one direct use
     assert trim.bound is None
+
+
+class OneKernelTwoGroups(nn.Module):
+    """One kernel of shape [4, 2, 1], for two channels whole and for four in two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(2, 4, 1, bias=False)
+        self.b = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.b(F.conv1d(h, self.a.weight, groups=2).relu().mean(dim=2))
+
+
+def test_a_kernel_with_different_groups_is_skipped_with_the_reason():
+    trim = net_trim(seeded(OneKernelTwoGroups), normal(30, 2, 5), epsilon=0.2)
+    assert trim.skipped["a.weight"] == "it is called with different numbers of groups"
+    assert [layer.weight for layer in trim.layers] == ["b.weight"]
