@@ -183,8 +183,9 @@ def test_the_script_of_the_guide_prints_the_same_on_one_and_on_two_ranks(tmp_pat
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed = [run(), run(*torchrun)]
-    if "terminate called without an active exception" in printed[1].stderr:
-        printed[1] = run(*torchrun)  # gloo's threads, once in a while, when a process ends
+    for _ in range(4):  # gloo's threads abort now and then as a process ends (pytorch 190489)
+        if "terminate called without an active exception" in printed[1].stderr:
+            printed[1] = run(*torchrun)
     assert printed[1].returncode == 0, printed[1].stderr
     assert printed[0].stdout == printed[1].stdout
     assert "500 samples" in printed[0].stdout
