@@ -185,12 +185,12 @@ def curve_between(
     if world()[0] > 0:
         points = from_first(start.new_empty(config.bends + 2, len(start)))
         return CURVES[config.curve](points), None
-    trained = train_between(run, networks, config, progress=progress)
+    trained = _train_between(run, networks, config, progress=progress)
     from_first(trained.curve.control_points)
     return trained.curve, trained
 
 
-def train_between(
+def _train_between(
     run: Run, networks: Networks, config: ConnectConfig, *, progress: Progress | None = None
 ) -> ConnectedCurve[Any]:
     """Return a trained curve between the first two networks; goes on with what the folder holds.
