@@ -24,8 +24,8 @@ class LayerTrim:
     weights: Float[Tensor, "m n"]
     epsilon: float
     discrepancy: float
-    """‖(X Uᵀ + S − Y)_Ω‖_F for the weights U, over active outputs Ω. With ``ball="joint"`` that of
-    inactive ones above their bound is in it, and after a refit that of those above zero."""
+    """‖(X Uᵀ + S − Y)_Ω‖_F for the weights U, over active outputs Ω; with ``ball="joint"`` that of
+    inactive ones above their bound is in it."""
     violation: float
     """By how much an inactive output is above its bound at most, in units of ``scale``."""
     output_discrepancy: float
@@ -45,8 +45,8 @@ class LayerTrim:
     dual_residual: float
     """What is left of the Lagrangian's gradient, as a share of its parts."""
     converged: bool
-    """Whether the weights are feasible, and the residuals at most ``tol`` and ten times that. After
-    a refit: whether those before were; the discrepancy has not grown."""
+    """Whether the weights are feasible, and the residuals at most ``tol`` and ten times that; a
+    refit changes weights, which must be feasible then, and leaves the residuals as they were."""
     joint: bool
     """Whether inactive outputs are in the discrepancy rather than bounded one by one."""
     seconds: float
@@ -81,11 +81,17 @@ class LayerTrim:
 
 def shortfall(trim: LayerTrim, tol: float) -> str:
     """Return what a trim that has not converged fell short of, and what to do."""
-    violation = "" if trim.joint else f", inactive outputs up to {trim.violation:.2g} of the scale"
+    violation, remedy = "", "Raise `max_iterations`, or `epsilon` if no weights may come as near."
+    if not trim.joint:
+        violation = f", inactive outputs up to {trim.violation:.2g} of the scale (goal {SLACK:g})"
+        if trim.violation > SLACK:
+            remedy = (
+                "Raise `max_iterations`, fit the weights that are left with `refit=True`, which "
+                'keeps to the bounds, or take the joint ball, `ball="joint"`.'
+            )
     return (
         f"Net-Trim did not converge in {trim.iterations} iterations: discrepancy "
-        f"{trim.discrepancy:.6g} for ε = {trim.epsilon:.6g}{violation} (goal {SLACK:g}), residuals "
+        f"{trim.discrepancy:.6g} for ε = {trim.epsilon:.6g}{violation}, residuals "
         f"{trim.primal_residual:.1e} and {trim.dual_residual:.1e} (goals {tol:g} and "
-        f"{DUAL_SHARE * tol:g}). Raise `max_iterations`, or `epsilon` if no weights may come as "
-        "near."
+        f"{DUAL_SHARE * tol:g}). {remedy}"
     )

@@ -69,14 +69,15 @@ def net_trim_layer(
         kind: ``"relu"`` for a layer with a ReLU after it, ``"linear"`` for any other: then Y is
             what comes out of the layer itself.
         bound: V, at most which inactive outputs may be. Default: 0. To prune on inputs that have
-            changed, pass X Wᵀ + S, and W stays feasible for an ε of its own discrepancy.
+            changed, pass its (X Wᵀ + S)₊, and W stays feasible for an ε of its own discrepancy.
         offset: S, added to the products: a bias that stays, shape [m], or a residual connection,
             shape [p, m].
         penalty: λ: a number, one for each input, or one for each weight. Default: 1.
         penalise_bias: Whether the weights in the last column have a penalty.
         ball: See the table.
         refit: Whether to fit the weights that are left anew: the nearest outputs on their support,
-            where inactive outputs count once they are above zero. Then V is not kept to.
+            where inactive outputs count once they are above zero, and with the split ball are at
+            most V. Their objective may then be above the least one.
         start: Weights to start from. Default: zero.
         rho: ρ to begin with, in units in which inputs and weights are about 1; it is adapted.
         relaxation: α of over-relaxation, in (0, 2).
@@ -91,9 +92,10 @@ def net_trim_layer(
 
     Returns:
         The weights, in the dtype of W, with what was measured on them. Where they are not feasible
-        or the residuals not small at the end of the budget, ``converged`` is False. Where V is
-        all that holds, as on pruned inputs, thousands of iterations may be needed; the joint ball
-        with V = 0 then takes a hundred, and gives the same bound on the outputs.
+        or the residuals not small at the end of the budget, ``converged`` is False. With the split
+        ball single outputs are the last to be feasible; with hundreds of thousands of samples, as
+        in convolutions, they may take thousands of iterations. A refit keeps to the bounds itself,
+        so it needs fewer, and the joint ball has none.
 
     Raises:
         ValueError: If shapes do not fit, Y has negative entries before a ReLU, ε is negative or

@@ -24,7 +24,7 @@ def net_trim(
     mode: Mode = "parallel",
     gamma: float = 1.1,
     refit: bool = False,
-    ball: Ball | None = None,
+    ball: Ball = "split",
     penalise_bias: bool = True,
     exclude: Sequence[str] = (),
     parameters: Selection = None,
@@ -86,8 +86,9 @@ def net_trim(
         mode: See the table.
         gamma: γ ≥ 1, ``"cascade"`` only. At 1, weights must come as near as the dense ones do.
         refit: Whether the weights that are left are fitted anew on their support.
-        ball: As for ``net_trim_layer``. Default: ``"split"`` in parallel and ``"joint"`` in a
-            cascade, where the split one needs thousands of iterations and bounds less.
+        ball: As for ``net_trim_layer``. In a cascade, with ``"split"``, inactive outputs may be as
+            far above zero as dense weights bring them there, V = (X Wᵀ + S)₊: all that the paper's
+            V = X Wᵀ + S proves holds for it, and more weights go.
         penalise_bias: Whether biases have a penalty, and so may go.
         exclude: Glob patterns of parameters that stay as they are; biases may be named alone.
         parameters: Which parameters make up the flat vector of weights, as for ``Objective``.

@@ -24,7 +24,7 @@ class TrimOptions:
     mode: Mode = "parallel"
     gamma: float = 1.1
     refit: bool = False
-    ball: Ball | None = None
+    ball: Ball = "split"
     penalise_bias: bool = True
     exclude: tuple[str, ...] = ()
     tol: float = TOL
@@ -49,13 +49,8 @@ class TrimOptions:
                 f"pruned inputs, got {self.gamma}."
             )
         defaults = {"rho": RHO, "relaxation": RELAXATION, "precision": "full"}
-        require_options(ball=self.own_ball, **{**defaults, **self.program})
+        require_options(ball=self.ball, **{**defaults, **self.program})
         require_goal(0.0, self.tol, self.max_iterations)
-
-    @property
-    def own_ball(self) -> Ball:
-        """The ball that is meant."""
-        return self.ball or ("joint" if self.mode == "cascade" else "split")
 
     def shares(self, layers: Sequence[FoundLayer]) -> dict[str, float]:
         """Return the share of every layer.

@@ -107,8 +107,9 @@ def group_problems(
                 off = torch.where(Y > 0, off, Z.clamp(min=0.0))
             drift = _changed(_norm(off), norm)
             if drift is not None and layer.kind == "relu" and ball == "split":
-                # Outputs above zero count by their bound here, which W meets, not in the ball.
-                bound, drift = Z, _norm(off * (Y > 0))
+                # Outputs above zero count by their bound here, which W meets, not in the ball. The
+                # ReLU makes nothing of what is below zero, so W need not be met there.
+                bound, drift = Z.clamp(min=0.0), _norm(off * (Y > 0))
         program = LayerProgram(
             U,
             given,

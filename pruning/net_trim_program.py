@@ -207,11 +207,13 @@ class LayerProgram:
                 trim = self._trim(zero, epsilon, Measures(0.0, 0.0), 0, 0.0)
             else:
                 radius = math.sqrt(max(squared, 0.0))
-                trim = self._iterate(epsilon, radius, start, tol, max_iterations, progress)
+                trim = self._iterate(
+                    epsilon, radius, start, tol, max_iterations, progress, before_refit=refit
+                )
+                if refit:
+                    trim = self._refit(trim, tol)
             if not trim.converged:
                 warnings.warn(shortfall(trim, tol), ConvergenceWarning, stacklevel=stacklevel)
-            if refit:
-                trim = self._refit(trim)
         return replace(trim, seconds=time.perf_counter() - began)
 
     def _iterate(
@@ -222,8 +224,13 @@ class LayerProgram:
         tol: float,
         max_iterations: int,
         progress: Progress | None,
+        *,
+        before_refit: bool,
     ) -> LayerTrim:
-        """Iterate until the residuals are small and what is returned is feasible."""
+        """Iterate until the residuals are small and what is returned is feasible.
+
+        Before a refit, which keeps to the bounds of inactive outputs itself, up to these.
+        """
         if self._splitting is None:
             self._splitting = self.split()
         work = self._splitting
@@ -245,8 +252,8 @@ class LayerProgram:
                 sparse = work.sparse.to(self._W.dtype)
                 trim = self._trim(sparse, epsilon, measures, k, k * once, converged=small)
                 # A ball that holds is touched; what is off it is off in the objective as well.
-                touches = epsilon == 0.0 or abs(trim.ratio - 1.0) <= tol
-                if last or (trim.converged and (touches or work.ball_is_loose)):
+                touches = epsilon == 0.0 or abs(trim.ratio - 1.0) <= tol or work.ball_is_loose
+                if last or (touches and (trim.converged or (before_refit and small))):
                     break
             if k % ANCHOR == 0 or k >= balanced:  # a change of ρ would multiply what has drifted
                 work.anchor()
@@ -298,23 +305,17 @@ class LayerProgram:
         )
         return replace(trim, converged=converged and trim.feasible)
 
-    def _refit(self, trim: LayerTrim) -> LayerTrim:
+    def _refit(self, trim: LayerTrim, tol: float) -> LayerTrim:
         """Return a trim with its weights fitted anew, and what they do then."""
-        open_targets = replace(self._targets, bound=None)
-        weights = refitted(trim.weights, open_targets)
-        before, after = (
-            certify(U, open_targets, self._size.scale) for U in (trim.weights, weights)
+        scale = None if trim.joint else trim.scale
+        weights = refitted(trim.weights, self._targets, scale=scale)
+        measures = Measures(trim.primal_residual, trim.dual_residual)
+        small = measures.primal <= tol and measures.dual <= DUAL_SHARE * tol
+        fitted = self._trim(
+            weights, trim.epsilon, measures, trim.iterations, trim.flops, converged=small
         )
-        near = [math.hypot(seen.active, seen.above) for seen in (before, after)]
         # They can differ by rounding alone: then nothing is gained.
-        if near[1] > near[0] or after.outputs > before.outputs:
-            weights, after, near[1] = trim.weights, before, near[0]
-        return replace(
-            trim,
-            weights=weights,
-            discrepancy=near[1],
-            violation=after.violation,
-            output_discrepancy=after.outputs,
-            objective=float((self._penalty * weights.double().abs()).sum()),
-            joint=True,
-        )
+        worse = fitted.discrepancy > trim.discrepancy
+        if trim.feasible and (worse or fitted.output_discrepancy > trim.output_discrepancy):
+            return trim
+        return replace(fitted, lower_bound=trim.lower_bound)

@@ -68,7 +68,7 @@ def solved_layer(
                 layer,
                 dense,
                 now,
-                ball=options.own_ball,
+                ball=options.ball,
                 penalise_bias=options.penalise_bias,
                 options=options.program,
             )

@@ -26,8 +26,11 @@ def solved(X, T, active, epsilon, *, penalty=None, joint=False, solver="CLARABEL
     return problem.solve(solver=solver), torch.from_numpy(U.value)
 
 
-def refitted(X, Y, offset, support):
-    """Least ‖(X Uᵀ + S − Y)_Ω‖² + ‖((X Uᵀ + S)_Ωᶜ)₊‖² for one neuron on a support: the minimum."""
+def refitted(X, Y, offset, support, bound=None):
+    """Least ‖(X Uᵀ + S − Y)_Ω‖² + ‖((X Uᵀ + S)_Ωᶜ)₊‖² for one neuron on a support: the minimum.
+
+    With a bound, for (X Uᵀ + S)_Ωᶜ ≤ V.
+    """
     import cvxpy as cp
 
     on = (Y > 0).numpy().astype(float)
@@ -35,7 +38,8 @@ def refitted(X, Y, offset, support):
     z = X[:, support].numpy() @ u + offset.numpy()
     error = cp.sum_squares(cp.multiply(on, z - Y.numpy()))
     error += cp.sum_squares(cp.multiply(1 - on, cp.pos(z)))
-    return cp.Problem(cp.Minimize(error)).solve(solver="CLARABEL", tol_gap_abs=1e-12)
+    limits = [] if bound is None else [cp.multiply(1 - on, z - bound.numpy()) <= 0]
+    return cp.Problem(cp.Minimize(error), limits).solve(solver="CLARABEL", tol_gap_abs=1e-12)
 
 
 def published(X, T, active, epsilon, *, c0, threshold, iterations, relaxation=1.0, changes=()):

@@ -336,8 +336,7 @@ def test_a_weight_in_two_calls_is_one_layer_with_the_inputs_of_both(how, mode):
     X = torch.cat([x, model.first(x).relu().detach()])
     W, X = rows_of(model.first), X if model.first.bias is None else with_ones(X)
     Y = (X @ W.T).relu()
-    ball = "joint" if mode == "cascade" else "split"
-    own = net_trim_layer(W, X, epsilon=0.15 * float(Y.norm()), ball=ball)
+    own = net_trim_layer(W, X, epsilon=0.15 * float(Y.norm()))
     pruned = written(model, trim)
     assert_close(rows_of(pruned.first), own.weights, rtol=0, atol=1e-9)
     assert trim.layers[0].output_discrepancy == pytest.approx(own.output_discrepancy, rel=1e-9)
