@@ -10,7 +10,7 @@ from torch import nn
 from hessian.parameters import Selection
 from pruning.dense_distance import DenseDistance
 from pruning.net_trim_layers import trim_network
-from pruning.net_trim_options import Epsilon, trim_options
+from pruning.net_trim_options import Shares, trim_options
 from pruning.net_trim_program import MAX_ITERATIONS, RELAXATION, RHO, TOL, Ball, Progress
 from pruning.net_trim_result import Mode, NetworkTrim
 from pruning.net_trim_setup import Precision
@@ -20,7 +20,8 @@ def net_trim(
     model: nn.Module,
     calibration: Any,
     *,
-    epsilon: Epsilon,
+    epsilon: Shares | None = None,
+    layer_sparsity: Shares | None = None,
     mode: Mode = "parallel",
     gamma: float = 1.1,
     refit: bool = False,
@@ -83,6 +84,12 @@ def net_trim(
             are the model's arguments, or an iterable of batches.
         epsilon: Share of ‖Y‖_F of every layer: a number, or numbers by glob patterns of the names
             of weights, of which the first that fits counts.
+        layer_sparsity: Instead of ``epsilon``: the share of zeros wanted of every layer's weights,
+            in the same way; biases do not count. Each layer's ε is looked for, which takes three
+            to eight solves of its program, each from where the last one ended, until at most a
+            thousandth of its weights are zeros too few. In a cascade ε is at least the discrepancy
+            of the dense weights, γ = 1, and more zeros may result. See ``net_trim_to_sparsity`` for
+            zeros over all layers, with one share ε.
         mode: See the table.
         gamma: γ ≥ 1, ``"cascade"`` only. At 1, weights must come as near as the dense ones do.
         refit: Whether the weights that are left are fitted anew on their support.
@@ -109,7 +116,8 @@ def net_trim(
         progress: Called with the layers done and all of them, after each; with ranks, of its own.
 
     Raises:
-        ValueError: If a share is negative or NaN, γ is below 1, an option is not known or out of
+        ValueError: If none or both of ``epsilon`` and ``layer_sparsity`` are given, a share is
+            negative or NaN, a sparsity above 1, γ is below 1, an option is not known or out of
             range, a pattern matches nothing or leaves a layer without a share, the model calls no
             layer that may be pruned, ``checkpoint`` holds another pruning, ``workers`` or ``group``
             cannot be used or differ in what they are given, or anything that ``DenseDistance``
@@ -141,6 +149,7 @@ def net_trim(
     """
     options = trim_options(
         epsilon=epsilon,
+        layer_sparsity=layer_sparsity,
         mode=mode,
         gamma=gamma,
         refit=refit,

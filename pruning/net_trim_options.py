@@ -12,7 +12,7 @@ from pruning.net_trim_result import Mode
 from pruning.net_trim_setup import Precision
 from pruning.net_trim_survey import FoundLayer
 
-Epsilon: TypeAlias = float | Mapping[str, float]
+Shares: TypeAlias = float | Mapping[str, float]
 """A share for all layers, or shares by glob pattern."""
 
 
@@ -20,7 +20,8 @@ Epsilon: TypeAlias = float | Mapping[str, float]
 class TrimOptions:
     """How a network is pruned: the arguments of ``net_trim``, which says what they mean."""
 
-    epsilon: Epsilon
+    epsilon: Shares | None = None
+    layer_sparsity: Shares | None = None
     mode: Mode = "parallel"
     gamma: float = 1.1
     refit: bool = False
@@ -33,13 +34,21 @@ class TrimOptions:
     """Others of ``LayerProgram``."""
 
     def __post_init__(self) -> None:
-        given = self.epsilon
-        shares = list(given.values()) if isinstance(given, Mapping) else [given]
-        for share in shares:
-            if not 0.0 <= share < math.inf:
+        if (self.epsilon is None) == (self.layer_sparsity is None):
+            raise ValueError(
+                "One of `epsilon` and `layer_sparsity` must be given, got "
+                f"{self.epsilon} and {self.layer_sparsity}."
+            )
+        given = self._given[1]
+        for share in given.values() if isinstance(given, Mapping) else [given]:
+            if self.epsilon is not None and not 0.0 <= share < math.inf:
                 raise ValueError(
                     "`epsilon` must be a finite share of the norm of a layer's outputs, at least "
                     f"0, got {share}."
+                )
+            if self.epsilon is None and not 0.0 <= share <= 1.0:
+                raise ValueError(
+                    f"`layer_sparsity` must be a share of zeros from 0 to 1, got {share}."
                 )
         if self.mode not in get_args(Mode):
             raise ValueError(f"`mode` must be one of {get_args(Mode)}, got {self.mode!r}.")
@@ -52,35 +61,48 @@ class TrimOptions:
         require_options(ball=self.ball, **{**defaults, **self.program})
         require_goal(0.0, self.tol, self.max_iterations)
 
+    @property
+    def goal(self) -> dict[str, Any]:
+        """When a program is solved, as options of ``LayerProgram.sparse``."""
+        return {"tol": self.tol, "max_iterations": self.max_iterations}
+
+    @property
+    def _given(self) -> tuple[str, Shares]:
+        """The parameter that says how sparse layers become, and its value."""
+        if self.layer_sparsity is not None:
+            return "layer_sparsity", self.layer_sparsity
+        assert self.epsilon is not None
+        return "epsilon", self.epsilon
+
     def shares(self, layers: Sequence[FoundLayer]) -> dict[str, float]:
-        """Return the share of every layer.
+        """Return the share of every layer: ε over the norm of its outputs, or of zeros.
 
         Raises:
             ValueError: If a pattern fits no layer, or a layer has no share.
         """
         names = [layer.weight for layer in layers]
-        if not isinstance(self.epsilon, Mapping):
-            return dict.fromkeys(names, self.epsilon)
+        parameter, given = self._given
+        if not isinstance(given, Mapping):
+            return dict.fromkeys(names, given)
         found: dict[str, float] = {}
-        for pattern, share in self.epsilon.items():
+        for pattern, share in given.items():
             hits = [name for name in names if fnmatchcase(name, pattern)]
             if not hits:
                 raise ValueError(
-                    f'`epsilon` pattern "{pattern}" matches none of {", ".join(names)}.'
+                    f'`{parameter}` pattern "{pattern}" matches none of {", ".join(names)}.'
                 )
             found = dict.fromkeys(hits, share) | found
         for name in names:
             if name not in found:
                 raise ValueError(
-                    f"`epsilon` must have a pattern for every layer, got none for `{name}`. Add "
-                    '"*" as the last one, or put the layer into `exclude`.'
+                    f"`{parameter}` must have a pattern for every layer, got none for `{name}`. "
+                    'Add "*" as the last one, or put the layer into `exclude`.'
                 )
         return found
 
 
 def trim_options(
     *,
-    epsilon: Epsilon,
     exclude: str | Sequence[str] = (),
     tol: float = TOL,
     max_iterations: int = MAX_ITERATIONS,
@@ -97,7 +119,6 @@ def trim_options(
         TypeError: If there is no such argument.
     """
     return TrimOptions(
-        epsilon=epsilon,
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         tol=tol,
         max_iterations=max_iterations,

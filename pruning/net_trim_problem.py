@@ -46,9 +46,8 @@ class GroupProblem:
         """Return ε: a share of ‖Y‖_F on dense inputs, and √γ times the drift on others."""
         return share * self.norm if self.drift is None else math.sqrt(gamma) * self.drift
 
-    def solve(self, epsilon: float, **options: Any) -> LayerTrim:
-        """Return the sparse weights for one ε, with options of ``LayerProgram.solve``."""
-        trim = self.program.solve(epsilon, **options)
+    def own(self, trim: LayerTrim) -> LayerTrim:
+        """Return a trim of the program as one of the layer's own weights."""
         if self.scale is None:
             return trim
         own = (trim.weights / self.scale[:, None]).masked_fill_(self.scale[:, None] == 0, 0.0)

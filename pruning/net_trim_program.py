@@ -158,6 +158,11 @@ class LayerProgram:
         program._options = SplitOptions(False, rho, relaxation, precision)
         return program
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, with one for a bias."""
+        return self._W.shape[0], self._W.shape[1]
+
     def _set_up(self, W: Tensor, targets: LayerTargets, G: Tensor, penalty: Tensor) -> None:
         self._W, self._targets, self._penalty, self._G = W, targets, penalty, G
         self._size = target_size(targets)
@@ -194,6 +199,44 @@ class LayerProgram:
         require_goal(epsilon, tol, max_iterations)
         if start is not None:
             require_start(start, self._W)
+        trim = self.sparse(
+            epsilon,
+            before_refit=refit,
+            start=start,
+            tol=tol,
+            max_iterations=max_iterations,
+            progress=progress,
+        )
+        if refit:
+            trim = self.refit(trim, tol)
+        if not trim.converged:
+            warnings.warn(shortfall(trim, tol), ConvergenceWarning, stacklevel=stacklevel)
+        return trim
+
+    @torch.no_grad()
+    def sparse(
+        self,
+        epsilon: float,
+        *,
+        before_refit: bool,
+        start: Float[Tensor, "m n"] | None = None,
+        tol: float = TOL,
+        max_iterations: int = MAX_ITERATIONS,
+        progress: Progress | None = None,
+    ) -> LayerTrim:
+        """Return the sparse weights for one ε, as ``solve`` does, without a warning.
+
+        Args:
+            epsilon: As for ``solve``, like all the others.
+            before_refit: Whether a refit will see to it that inactive outputs keep to their bounds.
+            start: Weights to start from instead.
+            tol: Of the primal residual.
+            max_iterations: Budget.
+            progress: Called with the iterations done and the budget.
+
+        Raises:
+            ValueError: If ε is less than what any weights of a linear layer reach.
+        """
         began = time.perf_counter()
         squared = epsilon**2 - self._targets.hidden
         if squared < -((RESOLUTION * self._size.norm) ** 2):
@@ -201,19 +244,14 @@ class LayerProgram:
                 "`epsilon` must be at least the distance of the targets from what the inputs can "
                 f"give, {math.sqrt(self._targets.hidden):.6g}, got {epsilon}."
             )
-        with torch.no_grad():
-            if self._size.zero_fits and self._size.norm <= epsilon:
-                zero = torch.zeros_like(self._W)
-                trim = self._trim(zero, epsilon, Measures(0.0, 0.0), 0, 0.0)
-            else:
-                radius = math.sqrt(max(squared, 0.0))
-                trim = self._iterate(
-                    epsilon, radius, start, tol, max_iterations, progress, before_refit=refit
-                )
-                if refit:
-                    trim = self._refit(trim, tol)
-            if not trim.converged:
-                warnings.warn(shortfall(trim, tol), ConvergenceWarning, stacklevel=stacklevel)
+        if self._size.zero_fits and self._size.norm <= epsilon:
+            zero = torch.zeros_like(self._W)
+            trim = self._trim(zero, epsilon, Measures(0.0, 0.0), 0, 0.0)
+        else:
+            radius = math.sqrt(max(squared, 0.0))
+            trim = self._iterate(
+                epsilon, radius, start, tol, max_iterations, progress, before_refit=before_refit
+            )
         return replace(trim, seconds=time.perf_counter() - began)
 
     def _iterate(
@@ -229,7 +267,7 @@ class LayerProgram:
     ) -> LayerTrim:
         """Iterate until the residuals are small and what is returned is feasible.
 
-        Before a refit, which keeps to the bounds of inactive outputs itself, up to these.
+        Before a refit inactive outputs need not keep to their bounds.
         """
         if self._splitting is None:
             self._splitting = self.split()
@@ -249,7 +287,7 @@ class LayerProgram:
                 progress(k, max_iterations)
             small = measures.primal <= tol and measures.dual <= DUAL_SHARE * tol
             if small or last:
-                sparse = work.sparse.to(self._W.dtype)
+                sparse = work.sparse.to(self._W.dtype, copy=True)  # the next steps overwrite it
                 trim = self._trim(sparse, epsilon, measures, k, k * once, converged=small)
                 # A ball that holds is touched; what is off it is off in the objective as well.
                 touches = epsilon == 0.0 or abs(trim.ratio - 1.0) <= tol or work.ball_is_loose
@@ -305,8 +343,15 @@ class LayerProgram:
         )
         return replace(trim, converged=converged and trim.feasible)
 
-    def _refit(self, trim: LayerTrim, tol: float) -> LayerTrim:
-        """Return a trim with its weights fitted anew, and what they do then."""
+    @torch.no_grad()
+    def refit(self, trim: LayerTrim, tol: float = TOL) -> LayerTrim:
+        """Return a trim with its weights fitted anew, and what they do then.
+
+        Args:
+            trim: Of this program.
+            tol: As for ``solve``: residuals above it stay a reason not to have converged.
+        """
+        began = time.perf_counter()
         scale = None if trim.joint else trim.scale
         weights = refitted(trim.weights, self._targets, scale=scale)
         measures = Measures(trim.primal_residual, trim.dual_residual)
@@ -318,4 +363,5 @@ class LayerProgram:
         worse = fitted.discrepancy > trim.discrepancy
         if trim.feasible and (worse or fitted.output_discrepancy > trim.output_discrepancy):
             return trim
-        return replace(fitted, lower_bound=trim.lower_bound)
+        seconds = trim.seconds + time.perf_counter() - began
+        return replace(fitted, lower_bound=trim.lower_bound, seconds=seconds)

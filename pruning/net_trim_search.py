@@ -1,8 +1,7 @@
 """The share ε that gives a network a number of zeros by Net-Trim, by all that was tried before."""
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,12 +13,7 @@ from pruning.net_trim_layers import trim_network
 from pruning.net_trim_options import TrimOptions
 from pruning.net_trim_problem import GroupProblem
 from pruning.net_trim_result import NetworkTrim
-
-LOWEST, HIGHEST = 1e-3, 1.0
-"""Shares between which one is looked for; at 1, nothing is left of a layer in parallel."""
-
-EDGE = 0.1
-"""Tries stay off the ends of the interval that is left by this share of it."""
+from pruning.net_trim_shares import next_share
 
 
 class Found(NamedTuple):
@@ -101,25 +95,3 @@ class ShareSearch:
         self._trims[share] = trim, told
         if self._on_try is not None:
             self._on_try(trim)
-
-
-def next_share(zeros: Mapping[float, int], wanted: int, aim: float | None) -> float:
-    """Return the share ε to try next, between those that gave fewer and more zeros than wanted.
-
-    Args:
-        zeros: What shares that were tried gave.
-        wanted: Zeros of which there may be no more.
-        aim: Zeros to interpolate for, in the logarithm of the share, where both ends were tried.
-            Default: the middle.
-
-    Example:
-        >>> round(next_share({0.01: 100, 0.1: 300}, 250, 200.0), 4)
-        0.0316
-    """
-    high = min((g for g, count in zeros.items() if count > wanted), default=HIGHEST)
-    low = max((g for g, count in zeros.items() if count <= wanted and g < high), default=LOWEST)
-    part = 0.5
-    if aim is not None and low in zeros and high in zeros:
-        part = (aim - zeros[low]) / (zeros[high] - zeros[low])
-    part = min(max(part, EDGE), 1.0 - EDGE)
-    return math.exp((1.0 - part) * math.log(low) + part * math.log(high))

@@ -1,7 +1,6 @@
 """One layer of a network, solved by Net-Trim, and as tensors with JSON beside them."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hessian import ConvergenceWarning, Objective
+from hessian import Objective
 from hessian.errors import NonFiniteError
-from pruning.layer_trim import LayerTrim
+from pruning.layer_trim import LayerTrim, shortfall
+from pruning.net_trim_layer_search import sparse_to
 from pruning.net_trim_options import TrimOptions
 from pruning.net_trim_problem import GroupProblem, group_problems
 from pruning.net_trim_survey import FoundLayer
@@ -53,7 +53,7 @@ def solved_layer(
         layer: Which layer.
         dense: Weights of which the layer keeps the outputs.
         now: Weights that give the layer its inputs. Default: the dense ones.
-        share: ε over the norm of outputs.
+        share: ε over the norm of outputs, or the share of zeros that is wanted.
         options: As for ``net_trim``.
         known: Programs of layers, by weight, to take or to add to. Default: they are made.
 
@@ -74,11 +74,20 @@ def solved_layer(
             )
         if known is not None:
             known[layer.weight] = problems
+        if options.layer_sparsity is None:
+            sizes = [problem.epsilon(share, options.gamma) for problem in problems]
+            sparse = [
+                problem.program.sparse(epsilon, before_refit=options.refit, **options.goal)
+                for problem, epsilon in zip(problems, sizes, strict=True)
+            ]
+        else:
+            sparse = sparse_to(problems, share, options, has_bias=layer.bias is not None)
         trims, told = [], []
-        for problem in problems:
-            trim, warned = _solved(problem, problem.epsilon(share, options.gamma), options)
-            trims.append(trim)
-            told += [f"Layer of `{layer.weight}`: {text}" for text in warned]
+        for problem, found in zip(problems, sparse, strict=True):
+            trim = problem.program.refit(found, options.tol) if options.refit else found
+            if not trim.converged:
+                told.append(f"Layer of `{layer.weight}`: {shortfall(trim, options.tol)}")
+            trims.append(problem.own(trim))
     except NonFiniteError as error:
         raise NonFiniteError(f"Layer of `{layer.weight}`: {error}") from error
     except Exception as error:
@@ -86,27 +95,6 @@ def solved_layer(
         raise
     drift = math.hypot(*(problem.drift or 0.0 for problem in problems))
     return SolvedLayer(tuple(trims), drift, tuple(told))
-
-
-def _solved(
-    problem: GroupProblem, epsilon: float, options: TrimOptions
-) -> tuple[LayerTrim, list[str]]:
-    """Return the solution of one program, and what it warned of."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        trim = problem.solve(
-            epsilon,
-            refit=options.refit,
-            tol=options.tol,
-            max_iterations=options.max_iterations,
-        )
-    told = []
-    for warning in heard:
-        if issubclass(warning.category, ConvergenceWarning):
-            told.append(str(warning.message))
-        else:
-            warnings.warn(warning.message, warning.category, stacklevel=2)
-    return trim, told
 
 
 def packed(layers: Mapping[str, SolvedLayer]) -> tuple[dict[str, Tensor], dict[str, Any]]:

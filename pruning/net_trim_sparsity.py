@@ -15,7 +15,8 @@ from pruning.dense_distance import DenseDistance
 from pruning.net_trim_bound import output_distance
 from pruning.net_trim_options import TrimOptions, trim_options
 from pruning.net_trim_result import NetworkTrim
-from pruning.net_trim_search import HIGHEST, ShareSearch
+from pruning.net_trim_search import ShareSearch
+from pruning.net_trim_shares import HIGHEST
 from pruning.net_trim_survey import survey
 from pruning.pruned import Pruned, as_pruned, wanted_zeros
 

@@ -206,6 +206,10 @@ def test_objectives_fall_along_a_path_and_are_those_of_cold_starts():
     objectives = [trim.objective for trim in path]
     assert objectives == sorted(objectives, reverse=True) and objectives[-1] == 0.0
     assert objectives[0] < float(W.abs().sum())
+    for trim in path:  # the program goes on from its state, and must leave what it gave alone
+        assert trim.objective == pytest.approx(float(trim.weights.abs().sum()), rel=1e-12)
+        off = ((X @ trim.weights.T - relu_goal(W, X)[0]) * relu_goal(W, X)[1]).norm()
+        assert trim.discrepancy == pytest.approx(float(off), rel=1e-9)
     for trim in path[::2]:
         cold = net_trim_layer(W, X, epsilon=trim.epsilon, tol=1e-6)
         assert trim.objective == pytest.approx(cold.objective, rel=1e-5)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from flatvalley.data import load_dataset
 from hessian import ConvergenceWarning, NonDeterministicError, NonFiniteError
 from pruning import CalibrationWarning, Masks, net_trim, net_trim_layer
 from tests.cases import seeded
@@ -42,25 +41,6 @@ def mlp():
             nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)
         )
     )
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """A 64-24-16-10 network after some steps on digits, and calibration inputs."""
-    data = load_dataset("digits", dtype=torch.float64)
-    X, y = data.train_inputs[:500].flatten(1), data.train_labels[:500]
-    model = seeded(
-        lambda: nn.Sequential(
-            nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)
-        )
-    )
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(100):
-        optimizer.zero_grad()
-        F.cross_entropy(model(X), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return model, X[:250]
 
 
 def written(model, trim):
@@ -117,8 +97,8 @@ def test_cascaded_layers_have_dense_outputs_as_their_goal_on_pruned_inputs(ball)
 
 @pytest.mark.parametrize("mode", ["parallel", "cascade"])
 @pytest.mark.parametrize("refit", [False, True])
-def test_every_layer_keeps_its_ball_and_every_silent_output_its_bound(digits, mode, refit):
-    model, x = digits
+def test_every_layer_keeps_its_ball_and_every_silent_output_its_bound(digits_mlp, mode, refit):
+    model, x = digits_mlp
     trim = net_trim(model, x, epsilon=0.2, mode=mode, refit=refit, tol=1e-3)
     assert trim.converged
     now = dense = x
@@ -150,8 +130,8 @@ def test_layers_do_not_depend_on_each_other_in_parallel():
 
 @pytest.mark.parametrize("mode", ["parallel", "cascade"])
 @pytest.mark.parametrize("refit", [False, True])
-def test_the_chained_bound_holds_on_digits(digits, mode, refit):
-    model, x = digits
+def test_the_chained_bound_holds_on_digits(digits_mlp, mode, refit):
+    model, x = digits_mlp
     for epsilon in (0.03, 0.2):
         trim = net_trim(model, x, epsilon=epsilon, mode=mode, refit=refit)
         z, dense = written(model, trim)(x).detach(), model(x).detach()
@@ -170,8 +150,8 @@ def test_the_chained_bound_holds_on_digits(digits, mode, refit):
         assert trim.bound == pytest.approx(trim.discrepancy, rel=1e-6)
 
 
-def test_a_cascade_is_nearer_than_parallel_layers_at_equal_sparsity(digits):
-    model, x = digits
+def test_a_cascade_is_nearer_than_parallel_layers_at_equal_sparsity(digits_mlp):
+    model, x = digits_mlp
     for parallel, cascade in ((0.05, 0.06), (0.1, 0.11)):
         apart = net_trim(model, x, epsilon=parallel)
         chained = net_trim(model, x, epsilon=cascade, mode="cascade")
@@ -179,8 +159,8 @@ def test_a_cascade_is_nearer_than_parallel_layers_at_equal_sparsity(digits):
         assert chained.discrepancy < 0.9 * apart.discrepancy
 
 
-def test_a_refit_is_nearer_on_the_same_support(digits):
-    model, x = digits
+def test_a_refit_is_nearer_on_the_same_support(digits_mlp):
+    model, x = digits_mlp
     plain, fitted = (net_trim(model, x, epsilon=0.1, refit=refit) for refit in (False, True))
     assert torch.all(plain.mask | ~fitted.mask)
     for before, after in zip(plain.layers, fitted.layers, strict=True):
@@ -416,8 +396,8 @@ def test_shares_go_by_the_first_pattern_that_fits():
         assert layer.epsilon == pytest.approx(share * float(size.detach()), rel=1e-9)
 
 
-def test_larger_shares_give_smaller_weights(digits):
-    model, x = digits
+def test_larger_shares_give_smaller_weights(digits_mlp):
+    model, x = digits_mlp
     sums = [
         float(net_trim(model, x, epsilon=epsilon).weights.abs().sum())
         for epsilon in (0.05, 0.2, 0.5)

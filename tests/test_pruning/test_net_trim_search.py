@@ -9,7 +9,7 @@ from torch import nn
 from flatvalley.data import load_dataset
 from hessian import ConvergenceWarning
 from pruning import LayerProgram, net_trim, net_trim_to_sparsities, net_trim_to_sparsity
-from pruning.net_trim_search import next_share
+from pruning.net_trim_shares import next_share
 from tests.cases import seeded
 
 SHARES = [0.4, 0.5, 0.65]

@@ -1,0 +1,81 @@
+"""The ε that leaves one layer a wanted share of zeros by Net-Trim."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pruning.layer_trim import LayerTrim
+from pruning.net_trim_options import TrimOptions
+from pruning.net_trim_problem import GroupProblem
+from pruning.net_trim_shares import LOWEST, next_share
+
+WITHIN = 1e-3
+"""Share of a layer's weights that may be zeros too few; tries end there."""
+
+MAX_TRIES = 16
+
+
+def sparse_to(
+    problems: Sequence[GroupProblem], sparsity: float, options: TrimOptions, *, has_bias: bool
+) -> list[LayerTrim]:
+    """Return sparse weights of a layer, before a refit, with at most so many zeros.
+
+    ε is the same share of the norm of outputs in all groups, found by interpolation in its
+    logarithm, and at least the discrepancy of the dense weights. Every try starts where the last
+    one ended.
+
+    Args:
+        problems: Of the layer's groups.
+        sparsity: Share of zeros among the layer's weights, without a bias.
+        options: As for ``net_trim``.
+        has_bias: Whether the last column of weights is a bias.
+
+    Returns:
+        The trims of the programs, of the try that comes nearest from below, or from above if all
+        have more zeros. Zeros jump where all weights of a neuron go at once.
+    """
+    total = sum(_weights(problem, has_bias) for problem in problems)
+    wanted, slack = round(sparsity * total), WITHIN * total
+    zeros: dict[float, int] = {}
+    tries: dict[float, list[LayerTrim]] = {}
+
+    def attempt(share: float) -> None:
+        tries[share] = [
+            problem.program.sparse(
+                max(share * problem.norm, problem.drift or 0.0),
+                before_refit=options.refit,
+                **options.goal,
+            )
+            for problem in problems
+        ]
+        zeros[share] = sum(_zeros(trim, has_bias) for trim in tries[share])
+
+    drifts = [p.drift / p.norm for p in problems if p.drift is not None and p.norm > 0.0]
+    lowest = max(LOWEST, min(drifts, default=LOWEST))
+    if lowest > LOWEST:  # no ε is smaller, so no try has fewer zeros
+        attempt(lowest)
+    while len(tries) < MAX_TRIES and wanted - slack > zeros.get(lowest, 0):
+        # Every third halves: where zeros jump, interpolation creeps.
+        aim = None if len(tries) % 3 == 2 else wanted - slack / 2
+        attempt(next_share(zeros, wanted, aim, lowest))
+        if any(0 <= wanted - z <= slack for z in zeros.values()) or _jumps(zeros, wanted, options):
+            break
+    if not tries:  # nothing is to go
+        attempt(lowest)
+    return tries[min(tries, key=lambda s: (zeros[s] > wanted, abs(wanted - zeros[s])))]
+
+
+def _jumps(zeros: Mapping[float, int], wanted: int, options: TrimOptions) -> bool:
+    """Whether zeros go from fewer to more than wanted by less than the residuals tell apart."""
+    low = max((s for s, found in zeros.items() if found <= wanted), default=0.0)
+    high = min((s for s, found in zeros.items() if found > wanted), default=math.inf)
+    return low < high < low * (1.0 + options.tol)
+
+
+def _weights(problem: GroupProblem, has_bias: bool) -> int:
+    m, n = problem.program.shape
+    return m * (n - has_bias)
+
+
+def _zeros(trim: LayerTrim, has_bias: bool) -> int:
+    weights = trim.weights[:, :-1] if has_bias else trim.weights
+    return int((weights == 0).sum())
