@@ -65,11 +65,11 @@ def test_a_layer_found_is_what_its_epsilon_gives(digits_mlp):
 
 def test_in_a_cascade_epsilon_is_at_least_the_discrepancy_of_dense_weights(solves, digits_mlp):
     model, x = digits_mlp
-    trim = net_trim(model, x, layer_sparsity={"0.*": 0.8, "*": 0.0}, mode="cascade")
+    trim = net_trim(model, x, layer_sparsity={"0.*": 0.8, "*": 0.05}, mode="cascade")
     for layer in trim.layers[1:]:
         assert layer.epsilon == pytest.approx(layer.drift, rel=1e-12)
         assert layer.drift > 0.0
-    assert zeros(trim)[1] > 0  # more than wanted, as the docstring says
+    assert zeros(trim)[1] > 0.05 * 384  # more than wanted, as the docstring says
     assert len(solves) <= MAX_TRIES + 2  # nothing is looked for below it
 
 
