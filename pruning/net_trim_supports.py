@@ -17,26 +17,23 @@ DAMPING = 1e-10
 """Added to matrices to be factored, as a share of the largest diagonal entry: inputs may repeat."""
 
 
-def in_chunks(
-    U: Float[Tensor, "m n"], targets: LayerTargets, which: Bool[Tensor, " m"] | None = None
-) -> Iterator["Supports"]:
-    """Yield neurons that have weights, those of similar numbers together.
+def in_chunks(U: Float[Tensor, "m n"], targets: LayerTargets) -> Iterator["Supports"]:
+    """Yield the neurons that have weights, those of similar numbers together.
 
     Args:
         U: Sparse weights.
         targets: The layer.
-        which: Which neurons. Default: all.
     """
-    keep = U != 0 if which is None else (U != 0) & which[:, None]
+    keep = U != 0
     sizes = keep.sum(dim=1)
     by_size = sizes.argsort(descending=True)
-    counts = sizes[by_size].tolist()
+    counts = [count for count in sizes[by_size].tolist() if count > 0]
     start = 0
-    while start < len(U) and counts[start] > 0:
+    while start < len(counts):
         size = counts[start]
         # Two matrices of inputs, and eight numbers for each sample.
         once = 16 * size * size + 64 * len(targets.X)
-        rows = by_size[start : start + max(1, CHUNK_BYTES // (2 * once))]
+        rows = by_size[start : min(start + max(1, CHUNK_BYTES // (2 * once)), len(counts))]
         start += len(rows)
         # Smaller supports are filled up with places that are not kept, whose inputs count as zero.
         index = keep[rows].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :size]
