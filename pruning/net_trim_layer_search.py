@@ -66,9 +66,9 @@ def sparse_to(
 
 def _jumps(zeros: Mapping[float, int], wanted: int, options: TrimOptions) -> bool:
     """Whether zeros go from fewer to more than wanted by less than the residuals tell apart."""
-    low = max((s for s, found in zeros.items() if found <= wanted), default=0.0)
     high = min((s for s, found in zeros.items() if found > wanted), default=math.inf)
-    return low < high < low * (1.0 + options.tol)
+    low = max((s for s, found in zeros.items() if found <= wanted and s < high), default=0.0)
+    return high < low * (1.0 + options.tol)
 
 
 def _weights(problem: GroupProblem, has_bias: bool) -> int:

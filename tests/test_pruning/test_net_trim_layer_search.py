@@ -7,7 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from pruning import net_trim
-from pruning.net_trim_layer_search import MAX_TRIES
+from pruning.net_trim_layer_search import MAX_TRIES, _jumps
+from pruning.net_trim_options import TrimOptions
 from pruning.net_trim_program import LayerProgram
 from pruning.net_trim_shares import LOWEST, next_share
 from tests.test_pruning.test_net_trim_layer import normal
@@ -139,3 +140,18 @@ def test_what_is_refused(options, message, digits_mlp):
 def test_shares_begin_at_the_lowest():
     assert next_share({}, 10, None, 0.04) == pytest.approx(0.2)
     assert next_share({0.04: 3, 1.0: 20}, 10, None, 0.04) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "zeros, expected",
+    [
+        ({0.1: 5, 0.10001: 20}, True),
+        ({0.1: 5, 0.10002: 20}, False),
+        ({0.1: 5, 0.2: 8}, False),  # none has more
+        ({0.1: 20}, False),
+        ({0.09999: 5, 0.1: 20, 0.2: 5}, True),
+        ({0.1: 20, 0.2: 5, 0.20001: 30}, False),  # the interval lies below the first
+    ],
+)
+def test_a_jump_is_one_that_residuals_cannot_tell_apart(zeros, expected):
+    assert _jumps(zeros, 10, TrimOptions(epsilon=0.1, tol=1.5e-4)) == expected
