@@ -95,8 +95,8 @@ class Supports:
     def add_moments_(self, gram: Float[Tensor, "k s s"], weights: Float[Tensor, "k p"]) -> None:
         """Add second moments of inputs with weights by sample, of which few are not zero."""
         # One by one: numbers of samples differ too much to be filled up to the largest.
-        for own, weight, index, real in zip(gram, weights, self.index, self.real, strict=True):
-            size = int(real.sum())  # in front, see ``in_chunks``
+        sizes = self.real.sum(dim=1).tolist()
+        for own, weight, index, size in zip(gram, weights, self.index, sizes, strict=True):
             for samples in weight.nonzero()[:, 0].split(self._at_once):
                 x = self.targets.X[samples].index_select(1, index[:size]).double()
                 own[:size, :size].addmm_((x * weight[samples, None]).T, x)
