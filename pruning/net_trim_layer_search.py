@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from pruning.layer_trim import LayerTrim
+from pruning.layer_trim import SLACK, LayerTrim
 from pruning.net_trim_options import TrimOptions
 from pruning.net_trim_problem import GroupProblem
-from pruning.net_trim_shares import LOWEST, next_share
+from pruning.net_trim_shares import HIGHEST, LOWEST, next_share
 
 WITHIN = 1e-3
 """Share of a layer's weights that may be zeros too few; tries end there."""
+
+MISSED = 0.01
+"""Share of a layer's weights by which zeros may be off before a warning says so."""
 
 MAX_TRIES = 16
 
 
 def sparse_to(
     problems: Sequence[GroupProblem], sparsity: float, options: TrimOptions, *, has_bias: bool
-) -> list[LayerTrim]:
+) -> tuple[list[LayerTrim], list[str]]:
     """Return sparse weights of a layer, before a refit, with at most so many zeros.
 
     ε is the same share of the norm of outputs in all groups, found by interpolation in its
@@ -31,37 +35,48 @@ def sparse_to(
 
     Returns:
         The trims of the programs, of the try that comes nearest from below, or from above if all
-        have more zeros. Zeros jump where all weights of a neuron go at once.
+        have more zeros, and by how much that missed what was wanted, if it did. Zeros jump where
+        all weights of a neuron go at once.
     """
     total = sum(_weights(problem, has_bias) for problem in problems)
     wanted, slack = round(sparsity * total), WITHIN * total
     zeros: dict[float, int] = {}
-    tries: dict[float, list[LayerTrim]] = {}
+    best: list[LayerTrim] = []
 
     def attempt(share: float) -> None:
-        tries[share] = [
-            problem.program.sparse(
+        nonlocal best
+        trims = [
+            problem.sparse(
                 max(share * problem.norm, problem.drift or 0.0),
                 before_refit=options.refit,
                 **options.goal,
             )
             for problem in problems
         ]
-        zeros[share] = sum(_zeros(trim, has_bias) for trim in tries[share])
+        zeros[share] = sum(map(partial(_zeros, has_bias), problems, trims))
+        if share == min(zeros, key=lambda s: (zeros[s] > wanted, abs(wanted - zeros[s]))):
+            best = trims
 
     drifts = [p.drift / p.norm for p in problems if p.drift is not None and p.norm > 0.0]
     lowest = max(LOWEST, min(drifts, default=LOWEST))
-    if lowest > LOWEST:  # no ε is smaller, so no try has fewer zeros
+    # With the norm of all targets for ε, nothing is left that keeps weights from zero.
+    ends = [p.program.target_norm / p.norm for p in problems if p.norm > 0.0]
+    highest = max(HIGHEST, *ends, *drifts, lowest) * (1.0 + SLACK)
+    if lowest > LOWEST or wanted == 0:  # no ε is smaller, so no try has fewer zeros
         attempt(lowest)
-    while len(tries) < MAX_TRIES and wanted - slack > zeros.get(lowest, 0):
-        # Every third halves: where zeros jump, interpolation creeps.
-        aim = None if len(tries) % 3 == 2 else wanted - slack / 2
-        attempt(next_share(zeros, wanted, aim, lowest))
+    if wanted == total:
+        attempt(highest)
+    while len(zeros) < MAX_TRIES and wanted - slack > zeros.get(lowest, -1):
         if any(0 <= wanted - z <= slack for z in zeros.values()) or _jumps(zeros, wanted, options):
             break
-    if not tries:  # nothing is to go
-        attempt(lowest)
-    return tries[min(tries, key=lambda s: (zeros[s] > wanted, abs(wanted - zeros[s])))]
+        # Every third halves: where zeros jump, interpolation creeps.
+        aim = None if len(zeros) % 3 == 2 else wanted - slack / 2
+        attempt(next_share(zeros, wanted, aim, lowest, highest))
+    found = sum(map(partial(_zeros, has_bias), problems, best))
+    told = []
+    if abs(found - wanted) > MISSED * total:
+        told = [f"{found / total:.1%} of its weights are zeros instead of {wanted / total:.1%}."]
+    return best, told
 
 
 def _jumps(zeros: Mapping[float, int], wanted: int, options: TrimOptions) -> bool:
@@ -76,6 +91,6 @@ def _weights(problem: GroupProblem, has_bias: bool) -> int:
     return m * (n - has_bias)
 
 
-def _zeros(trim: LayerTrim, has_bias: bool) -> int:
-    weights = trim.weights[:, :-1] if has_bias else trim.weights
-    return int((weights == 0).sum())
+def _zeros(has_bias: bool, problem: GroupProblem, trim: LayerTrim) -> int:
+    weights = problem.own(trim).weights
+    return int((weights[:, :-1] if has_bias else weights).eq(0).sum())

@@ -86,10 +86,11 @@ def net_trim(
             of weights, of which the first that fits counts.
         layer_sparsity: Instead of ``epsilon``: the share of zeros wanted of every layer's weights,
             in the same way; biases do not count. Each layer's ε is looked for, which takes three
-            to eight solves of its program, each from where the last one ended, until at most a
-            thousandth of its weights are zeros too few. In a cascade ε is at least the discrepancy
-            of the dense weights, γ = 1, and more zeros may result. See ``net_trim_to_sparsity`` for
-            zeros over all layers, with one share ε.
+            to eight solves of its program, each from where the last one ended, and 16 at most,
+            until no more than a thousandth of its weights are zeros too few. Zeros may be fewer
+            where they jump, as when a neuron loses all weights at once; and more where dead inputs
+            cost nothing, or in a cascade, where ε is at least the discrepancy of the dense weights
+            (γ = 1). See ``net_trim_to_sparsity`` for zeros over all layers, with one share ε.
         mode: See the table.
         gamma: γ ≥ 1, ``"cascade"`` only. At 1, weights must come as near as the dense ones do.
         refit: Whether the weights that are left are fitted anew on their support.
@@ -130,7 +131,8 @@ def net_trim(
             names the layer.
 
     Warns:
-        ConvergenceWarning: For each program whose budget ran out, with the name of its layer.
+        ConvergenceWarning: For each program whose budget ran out, with the name of its layer, and
+            for each layer whose zeros miss ``layer_sparsity`` by more than a hundredth of it.
         CalibrationWarning: If a layer has more inputs than there are calibration rows for it.
 
     Example:

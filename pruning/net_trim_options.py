@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, get_args
 
@@ -118,6 +118,10 @@ def trim_options(
         ValueError: If one is out of range or not known.
         TypeError: If there is no such argument.
     """
+    known = {field.name for field in fields(TrimOptions)}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"`{name}` is no option here. Choose from {', '.join(sorted(known))}.")
     return TrimOptions(
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         tol=tol,

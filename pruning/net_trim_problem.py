@@ -41,6 +41,13 @@ class GroupProblem:
     """By which the rows of the program's weights are multiples of the layer's own."""
     dtype: torch.dtype = torch.float64
     """Of the layer's own weights, where they are scaled."""
+    fixed: float = 0.0
+    """Discrepancy of outputs that a scale of zero takes out of the layer's hands."""
+
+    def sparse(self, epsilon: float, *, before_refit: bool, **goal: Any) -> LayerTrim:
+        """Return the program's sparse weights for the layer's ε, as ``LayerProgram.sparse``."""
+        radius = math.sqrt(max(epsilon**2 - self.fixed**2, 0.0))
+        return self.program.sparse(radius, before_refit=before_refit, **goal)
 
     def epsilon(self, share: float, gamma: float) -> float:
         """Return ε: a share of ‖Y‖_F on dense inputs, and √γ times the drift on others."""
@@ -51,7 +58,13 @@ class GroupProblem:
         if self.scale is None:
             return trim
         own = (trim.weights / self.scale[:, None]).masked_fill_(self.scale[:, None] == 0, 0.0)
-        return replace(trim, weights=own.to(self.dtype))
+        return replace(
+            trim,
+            weights=own.to(self.dtype),
+            epsilon=math.hypot(trim.epsilon, self.fixed),
+            discrepancy=math.hypot(trim.discrepancy, self.fixed),
+            output_discrepancy=math.hypot(trim.output_discrepancy, self.fixed),
+        )
 
 
 @torch.no_grad()
@@ -98,17 +111,22 @@ def group_problems(
         U, given = folded[rows], after.X[i]
         Y = outputs(U, before.X[i], layer.kind, before.offset(S, rows))
         s = after.offset(S, rows)
-        norm, bound, drift = _norm(Y), None, None
+        norm, bound, drift, fixed = _norm(Y), None, None, 0.0
+        scale = None if before.scale is None else before.scale[rows]
+        if scale is not None and s is not None and bool((scale == 0).any()):
+            # Nothing of these outputs is the weights' doing: their goal is what comes by itself.
+            itself = torch.where(scale == 0, s.expand_as(Y).relu(), Y)
+            fixed, Y = _norm(itself - Y), itself
         if now is not None:
             Z = outputs(U, given, "linear", s)
             off = Z - Y
             if layer.kind == "relu":
                 off = torch.where(Y > 0, off, Z.clamp(min=0.0))
-            drift = _changed(_norm(off), norm)
+            drift = _changed(math.hypot(_norm(off), fixed), norm)
             if drift is not None and layer.kind == "relu" and ball == "split":
                 # Outputs above zero count by their bound here, which W meets, not in the ball. The
                 # ReLU makes nothing of what is below zero, so W need not be met there.
-                bound, drift = Z.clamp(min=0.0), _norm(off * (Y > 0))
+                bound, drift = Z.clamp(min=0.0), math.hypot(_norm(off * (Y > 0)), fixed)
         program = LayerProgram(
             U,
             given,
@@ -120,8 +138,7 @@ def group_problems(
             ball=ball,
             **options,
         )
-        scale = None if before.scale is None else before.scale[rows]
-        found.append(GroupProblem(program, norm, drift, scale, W.dtype))
+        found.append(GroupProblem(program, norm, drift, scale, W.dtype, fixed))
     return found
 
 

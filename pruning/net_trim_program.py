@@ -163,6 +163,11 @@ class LayerProgram:
         """Outputs and inputs, with one for a bias."""
         return self._W.shape[0], self._W.shape[1]
 
+    @property
+    def target_norm(self) -> float:
+        """‖(Y − S)_Ω‖_F: zero weights have this discrepancy."""
+        return self._size.norm
+
     def _set_up(self, W: Tensor, targets: LayerTargets, G: Tensor, penalty: Tensor) -> None:
         self._W, self._targets, self._penalty, self._G = W, targets, penalty, G
         self._size = target_size(targets)
@@ -208,7 +213,7 @@ class LayerProgram:
             progress=progress,
         )
         if refit:
-            trim = self.refit(trim, tol)
+            trim = self.refit(trim, tol=tol, max_iterations=max_iterations)
         if not trim.converged:
             warnings.warn(shortfall(trim, tol), ConvergenceWarning, stacklevel=stacklevel)
         return trim
@@ -291,7 +296,8 @@ class LayerProgram:
                 trim = self._trim(sparse, epsilon, measures, k, k * once, converged=small)
                 # A ball that holds is touched; what is off it is off in the objective as well.
                 touches = epsilon == 0.0 or abs(trim.ratio - 1.0) <= tol or work.ball_is_loose
-                if last or (touches and (trim.converged or (before_refit and small))):
+                enough = trim.converged or (small and before_refit and not self._options.joint)
+                if last or (touches and enough):
                     break
             if k % ANCHOR == 0 or k >= balanced:  # a change of ρ would multiply what has drifted
                 work.anchor()
@@ -344,13 +350,28 @@ class LayerProgram:
         return replace(trim, converged=converged and trim.feasible)
 
     @torch.no_grad()
-    def refit(self, trim: LayerTrim, tol: float = TOL) -> LayerTrim:
+    def refit(
+        self, trim: LayerTrim, *, tol: float = TOL, max_iterations: int = MAX_ITERATIONS
+    ) -> LayerTrim:
         """Return a trim with its weights fitted anew, and what they do then.
+
+        If what is left of them cannot keep to the bounds of inactive outputs within ε, iterates on
+        until the weights themselves do.
 
         Args:
             trim: Of this program.
             tol: As for ``solve``: residuals above it stay a reason not to have converged.
+            max_iterations: Budget, of which the trim's are a part.
         """
+        fitted = self._fitted(trim, tol)
+        left = max_iterations - trim.iterations
+        if fitted.converged or trim.converged or left <= 0:
+            return fitted
+        more = self.sparse(trim.epsilon, before_refit=False, tol=tol, max_iterations=left)
+        sums = {key: getattr(trim, key) + getattr(more, key) for key in ("iterations", "flops")}
+        return self._fitted(replace(more, **sums, seconds=fitted.seconds + more.seconds), tol)
+
+    def _fitted(self, trim: LayerTrim, tol: float) -> LayerTrim:
         began = time.perf_counter()
         scale = None if trim.joint else trim.scale
         weights = refitted(trim.weights, self._targets, scale=scale)
@@ -359,9 +380,10 @@ class LayerProgram:
         fitted = self._trim(
             weights, trim.epsilon, measures, trim.iterations, trim.flops, converged=small
         )
-        # They can differ by rounding alone: then nothing is gained.
-        worse = fitted.discrepancy > trim.discrepancy
-        if trim.feasible and (worse or fitted.output_discrepancy > trim.output_discrepancy):
-            return trim
         seconds = trim.seconds + time.perf_counter() - began
+        # Outputs may come no nearer, by rounding or because only those far off keep to the bounds.
+        worse = fitted.discrepancy > trim.discrepancy
+        worse = worse or fitted.output_discrepancy > trim.output_discrepancy
+        if worse and (trim.feasible or not fitted.feasible):
+            return replace(trim, seconds=seconds)
         return replace(fitted, lower_bound=trim.lower_bound, seconds=seconds)

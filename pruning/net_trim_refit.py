@@ -16,6 +16,11 @@ MAX_STEPS = 30
 MAX_HALVINGS = 10
 """Of a step that would lead further away."""
 
+DAMPING, DAMPED_MORE, MOST_DAMPING = 1e-10, 1e3, 1.0
+"""Added to second derivatives, as a share of the largest; by which factor more of it is added where
+all halves of a step lead further away; and how much of it at most. Inputs may repeat, and where
+few outputs count, those that do not may be far off."""
+
 ROUNDING = 1e-12
 """What of an error counts as none."""
 
@@ -129,14 +134,14 @@ class _Refit:
         e = e.clone()
         start = now = self._error(e)
         counts: Tensor | None = None
-        whole = False
+        whole, damping = False, torch.full_like(now, DAMPING)
         for _ in range(MAX_STEPS):
             last, counts = counts, self._counts(e)
             if last is not None and whole and torch.equal(counts, last):
                 break  # it was one quadratic function all along, and this is its minimum
             H = self._moments.clone()
             self._supports.add_moments_(H, counts)
-            move = newton_move(H, self._supports.gradient(self._slope(e)))
+            move = newton_move(H, self._supports.gradient(self._slope(e)), damping)
             along, length = self._supports.images(move), torch.ones_like(now)
             most = now + ROUNDING * start
             for _ in range(MAX_HALVINGS):
@@ -149,8 +154,10 @@ class _Refit:
             u = u + length[:, None] * move
             e += length[:, None] * along
             then = self._error(e)
-            if bool((now - then <= ROUNDING * start).all()):
+            stuck = (length == 0.0) & (damping < MOST_DAMPING)
+            if bool(((now - then <= ROUNDING * start) & ~stuck).all()):
                 break
+            damping = torch.where(stuck, damping * DAMPED_MORE, damping)
             now = then
         return u
 

@@ -74,17 +74,19 @@ def solved_layer(
             )
         if known is not None:
             known[layer.weight] = problems
+        trims: list[LayerTrim] = []
+        told: list[str] = []
         if options.layer_sparsity is None:
             sizes = [problem.epsilon(share, options.gamma) for problem in problems]
             sparse = [
-                problem.program.sparse(epsilon, before_refit=options.refit, **options.goal)
+                problem.sparse(epsilon, before_refit=options.refit, **options.goal)
                 for problem, epsilon in zip(problems, sizes, strict=True)
             ]
         else:
-            sparse = sparse_to(problems, share, options, has_bias=layer.bias is not None)
-        trims, told = [], []
+            sparse, missed = sparse_to(problems, share, options, has_bias=layer.bias is not None)
+            told += [f"Layer of `{layer.weight}`: {text}" for text in missed]
         for problem, found in zip(problems, sparse, strict=True):
-            trim = problem.program.refit(found, options.tol) if options.refit else found
+            trim = problem.program.refit(found, **options.goal) if options.refit else found
             if not trim.converged:
                 told.append(f"Layer of `{layer.weight}`: {shortfall(trim, options.tol)}")
             trims.append(problem.own(trim))

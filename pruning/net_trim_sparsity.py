@@ -65,7 +65,8 @@ def net_trim_to_sparsity(
         max_tries: Budget of tries; each costs what ``net_trim`` does.
         parameters: As for ``net_trim``.
         batch_size: As for ``net_trim``.
-        options: All others of ``net_trim``, but for ``epsilon`` and ``progress``.
+        options: Others of ``net_trim``, but for ``epsilon``, ``layer_sparsity``, ``checkpoint``,
+            ``workers``, ``group`` and ``progress``.
 
     Raises:
         ValueError: If the sparsity is outside [0, 1] or above what the weights of layers can reach,
@@ -126,7 +127,8 @@ def net_trim_to_sparsities(
         on_try: Called with what each try gave.
         parameters: As for ``net_trim``.
         batch_size: As for ``net_trim``.
-        options: All others of ``net_trim``, but for ``epsilon`` and ``progress``.
+        options: Others of ``net_trim``, but for ``epsilon``, ``layer_sparsity``, ``checkpoint``,
+            ``workers``, ``group`` and ``progress``.
 
     Raises:
         ValueError: As ``net_trim_to_sparsity``, or if sparsities do not increase; at the call, but
@@ -153,6 +155,11 @@ def net_trim_to_sparsities(
         raise ValueError(f"`max_tries` must be at least 1, got {max_tries}.")
     if any(b <= a for a, b in itertools.pairwise(sparsities)):
         raise ValueError(f"`sparsities` must increase, got {list(sparsities)}.")
+    if "layer_sparsity" in options or "epsilon" in options:
+        raise TypeError(
+            "`epsilon` and `layer_sparsity` are no options here, where one ε is looked for. Use "
+            "`net_trim` for zeros by layer."
+        )
     settings = trim_options(epsilon=HIGHEST, **options)
     objective = DenseDistance(
         model, calibration, kind="squared", parameters=parameters, batch_size=batch_size

@@ -13,9 +13,6 @@ from pruning.net_trim_targets import LayerTargets
 CHUNK_BYTES = 1 << 27
 """Memory of what is gathered for the neurons worked on at a time, unless one needs more."""
 
-DAMPING = 1e-10
-"""Added to matrices to be factored, as a share of the largest diagonal entry: inputs may repeat."""
-
 
 def in_chunks(U: Float[Tensor, "m n"], targets: LayerTargets) -> Iterator["Supports"]:
     """Yield the neurons that have weights, those of similar numbers together.
@@ -111,10 +108,12 @@ class Supports:
             yield slice(begin, begin + self._at_once)
 
 
-def newton_move(H: Float[Tensor, "k s s"], gradient: Float[Tensor, "k s"]) -> Float[Tensor, "k s"]:
-    """Return −H⁻¹ g, with H made definite in place."""
+def newton_move(
+    H: Float[Tensor, "k s s"], gradient: Float[Tensor, "k s"], damping: Float[Tensor, " k"]
+) -> Float[Tensor, "k s"]:
+    """Return −H⁻¹ g, with shares of its largest diagonal entry added to the diagonal in place."""
     diagonal = H.diagonal(dim1=1, dim2=2)
     largest = diagonal.amax(dim=1, keepdim=True)
-    diagonal += DAMPING * largest + (largest == 0)
+    diagonal += damping[:, None] * largest + (largest == 0)
     move: Tensor = torch.cholesky_solve(-gradient[:, :, None], torch.linalg.cholesky(H))
     return move[:, :, 0]

@@ -463,3 +463,44 @@ def test_a_batch_norm_that_no_layer_is_before_ends_the_chain():
         lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2))
     ).eval()
     assert net_trim(model, normal(40, 4), epsilon=0.1).bound is None
+
+
+class ZeroInitialised(nn.Module):
+    """A residual block whose batch norm lets nothing of six channels through."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.bn = nn.BatchNorm1d(8)
+        self.bn.weight.data[:6] = 0.0
+        self.bn.bias.data.fill_(0.5)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.c((self.bn(self.b(h)) + h).relu())
+
+
+@pytest.mark.parametrize("ball", ["split", "joint"])
+@pytest.mark.parametrize("penalise_bias", [False, True])
+@pytest.mark.parametrize("refit", [False, True])
+def test_what_a_scale_of_zero_lets_come_is_counted_and_not_claimed_away(ball, penalise_bias, refit):
+    model, x = seeded(ZeroInitialised).eval(), normal(200, 6)
+    options = {"ball": ball, "penalise_bias": penalise_bias, "refit": refit, "gamma": 1.0}
+    trim = net_trim(model, x, epsilon=0.3, mode="cascade", max_iterations=20_000, **options)
+    other = copy.deepcopy(model)
+    trim.write_(other)
+
+    def before_relu(net):
+        h = net.a(x).relu()
+        return (net.bn(net.b(h)) + h).detach()
+
+    now, goal = before_relu(other), before_relu(model).relu()
+    layer = trim.layers[1]
+    assert layer.weight == "b.weight" and layer.converged
+    off = torch.where(goal > 0, now - goal, now.relu() if ball == "joint" else 0.0)
+    # A channel that is out of the weights' hands counts by what comes out of it.
+    off[:, :6] = now[:, :6].relu() - goal[:, :6]
+    assert layer.discrepancy == pytest.approx(float(off.norm()), rel=1e-6)
+    assert layer.discrepancy <= layer.epsilon * (1 + 1e-3)
+    assert layer.output_discrepancy == pytest.approx(float((now.relu() - goal).norm()), rel=1e-6)
+    assert not trim.parameters()["b.weight"][:6].any()

@@ -141,13 +141,13 @@ def test_the_bound_of_a_cascade_is_attained(gamma, ball):
 @pytest.mark.parametrize("ball", ["joint", "split"])
 @pytest.mark.parametrize("gamma", [1.0, 1.1])
 def test_dense_weights_are_feasible_in_every_program_of_a_cascade(gamma, ball, monkeypatch):
-    dense, solve = [], LayerProgram.solve
+    dense, sparse = [], LayerProgram.sparse
 
     def noting(program, epsilon, **options):
         dense.append(program._trim(program._W, epsilon, Measures(0.0, 0.0), 0, 0.0))
-        return solve(program, epsilon, **options)
+        return sparse(program, epsilon, **options)
 
-    monkeypatch.setattr(LayerProgram, "solve", noting)
+    monkeypatch.setattr(LayerProgram, "sparse", noting)
     model = seeded(
         lambda: nn.Sequential(
             nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)

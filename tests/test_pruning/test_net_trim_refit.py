@@ -88,6 +88,51 @@ def test_before_a_refit_silent_outputs_need_not_keep_to_their_bounds():
     assert fitted.violation <= 1e-3 and fitted.discrepancy < plain.discrepancy
 
 
+def test_a_support_that_cannot_be_fitted_is_iterated_on_rather_than_ruined():
+    generator = torch.Generator().manual_seed(39)
+    X = torch.randn(3000, 8, generator=generator, dtype=torch.float64).relu()
+    X[:, -1] = 1.0
+    W = torch.randn(4, 8, generator=generator, dtype=torch.float64) / 8**0.5
+    epsilon = 0.2 * float((X @ W.T).relu().norm())
+    found = {}
+    for refit in (False, True):
+        with pytest.warns(ConvergenceWarning):
+            found[refit] = net_trim_layer(W, X, epsilon=epsilon, max_iterations=60, refit=refit)
+    # On the support, what keeps to the bounds is four times as far off as ε.
+    assert found[True].output_discrepancy <= found[False].output_discrepancy
+    assert found[True].violation > 1e-3 and not found[True].converged
+    whole = net_trim_layer(W, X, epsilon=epsilon, refit=True)
+    assert whole.converged and whole.iterations > 60
+    assert whole.output_discrepancy < found[False].output_discrepancy
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("seed", [36, 38, 88])
+def test_steps_that_lead_further_away_are_damped(seed):
+    pytest.importorskip("cvxpy")
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(60, 12, generator=generator, dtype=torch.float64)
+    W = torch.randn(1, 12, generator=generator, dtype=torch.float64) / 12**0.5
+    Y = (X @ W.T - (1.5 if seed % 2 else 1.0)).relu()  # rarely active
+    S = torch.full_like(Y, -1.5 if seed % 2 else -1.0)
+    U = 0.6 * W * (torch.rand(1, 12, generator=generator) > 0.3)
+    scale = float(Y[Y > 0].square().mean().sqrt())
+    found = refitted(U, LayerTargets(X, Y, "relu", offset=S), scale=scale)
+    after, _ = distances(found, X, Y, S)
+    least = reference.refitted(X, Y[:, 0], S[:, 0], U[0] != 0, torch.zeros(60))
+    assert float(after) == pytest.approx(least, rel=0.01)
+
+
+def test_with_the_joint_ball_a_refit_waits_for_the_whole_iteration():
+    for seed in range(5):
+        W, X = normal(3, 6, seed=seed), normal(9, 6, seed=seed + 50)
+        bound = (X @ W.T).clamp(max=0.0)
+        options = {"bound": bound, "epsilon": 0.0, "ball": "joint"}
+        plain, fitted = (net_trim_layer(W, X, **options, refit=refit) for refit in (False, True))
+        assert plain.converged and fitted.converged
+        assert fitted.iterations == plain.iterations
+
+
 def test_bounds_that_no_weights_on_the_support_keep_leave_weights_as_they_are():
     X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]]).double()
     Y = torch.tensor([[2.0], [0.0], [0.0]]).double()

@@ -177,3 +177,17 @@ def test_the_next_share_lies_between_those_with_fewer_and_more_zeros(zeros, want
 def test_what_cannot_be_reached_is_refused_at_the_call(options, message):
     with pytest.raises(ValueError, match=message):
         net_trim_to_sparsities(mlp(), normal(60, 6), **{"sparsities": [0.5], **options})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layer_sparsity": 0.5}, "`epsilon` and `layer_sparsity` are no options here"),
+        ({"epsilon": 0.5}, "Use `net_trim` for zeros by layer"),
+        ({"workers": 2}, "`workers` is no option here. Choose from ball, "),
+    ],
+)
+def test_options_of_other_functions_are_named(options, message):
+    with pytest.raises(TypeError) as error:
+        net_trim_to_sparsity(nn.Linear(3, 2), torch.randn(9, 3), 0.5, **options)
+    assert message in str(error.value)

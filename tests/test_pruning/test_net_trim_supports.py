@@ -55,8 +55,18 @@ def test_weights_go_where_they_came_from():
 def test_a_move_solves_the_normal_equations_and_bears_repeated_inputs():
     A = normal(3, 6, 6)
     H, g = A @ A.mT, normal(3, 6, seed=1)
-    assert_close(newton_move(H.clone(), g), -torch.linalg.solve(H, g), rtol=1e-5, atol=1e-8)
+    damping = torch.full((3,), 1e-10, dtype=torch.float64)
+    assert_close(
+        newton_move(H.clone(), g, damping), -torch.linalg.solve(H, g), rtol=1e-5, atol=1e-8
+    )
+    most = torch.tensor([1e-10, 1.0, 1e6]).double()
+    damped = H + torch.diag_embed(
+        (most * H.diagonal(dim1=1, dim2=2).amax(dim=1))[:, None].expand(3, 6)
+    )
+    assert_close(
+        newton_move(H.clone(), g, most), -torch.linalg.solve(damped, g), rtol=1e-5, atol=1e-8
+    )
     H[0, :, 1] = H[0, :, 0]
     H[0, 1, :] = H[0, 0, :]
     H[1] = 0.0
-    assert torch.isfinite(newton_move(H, g)).all()
+    assert torch.isfinite(newton_move(H, g, damping)).all()
