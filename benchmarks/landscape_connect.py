@@ -167,10 +167,10 @@ def lines_of(subject: Subject, found: Mapping[str, ConnectFindings]) -> list[str
 def main() -> None:
     """Measure the subjects that are asked for, and keep the table of all that are there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("subjects", nargs="*", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("subjects", nargs="*", default="all", choices=[*SUBJECTS, "all"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in arguments.subjects:
+    for name in SUBJECTS if "all" in arguments.subjects else arguments.subjects:
         say(name)
         subject = SUBJECTS[name]
         found = connections(subject, FOLDER / name)

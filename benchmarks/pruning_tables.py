@@ -258,11 +258,11 @@ def _held_out(findings: CompareFindings) -> Table:
 def main() -> None:
     """Run the plans that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plans", nargs="*", default=list(PLANS), choices=list(PLANS))
+    parser.add_argument("plans", nargs="*", default="all", choices=[*PLANS, "all"])
     parser.add_argument("--choose", action="store_true", help="compare settings on held-out images")
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    for plan in arguments.plans:
+    for plan in PLANS if "all" in arguments.plans else arguments.plans:
         if arguments.choose and not PLANS[plan].choices:
             continue
         name = f"choose-{plan}" if arguments.choose else plan

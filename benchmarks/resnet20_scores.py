@@ -295,12 +295,18 @@ def run_plan(name: str, seeds: Sequence[int]) -> list[str]:
 def main() -> None:
     """Run the plans that are asked for, each with a table of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plans", nargs="*", default=list(PLANS), choices=list(PLANS))
+    parser.add_argument("plans", nargs="*", default="all", choices=[*PLANS, "all"])
     parser.add_argument("--quick", action="store_true", help="LeNet-300-100 alone")
     parser.add_argument("--seeds", nargs="*", type=int, default=(), help="default: the plan's")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in ["lenet-300-100"] if arguments.quick else arguments.plans:
+    for name in (
+        ["lenet-300-100"]
+        if arguments.quick
+        else PLANS
+        if "all" in arguments.plans
+        else arguments.plans
+    ):
         lines = [*(__doc__ or "").strip().splitlines(), "", *run_plan(name, arguments.seeds)]
         report("resnet20_scores" if name == "resnet20" else f"resnet20_scores_{name}", lines)
 
