@@ -86,8 +86,8 @@ def shortfall(trim: LayerTrim, tol: float) -> str:
         violation = f", inactive outputs up to {trim.violation:.2g} of the scale (goal {SLACK:g})"
         if trim.violation > SLACK:
             remedy = (
-                "Raise `max_iterations`, try `refit=True`, which sees to the bounds itself, or take "
-                'the joint ball, `ball="joint"`.'
+                "Raise `max_iterations`, try `refit=True`, which sees to the bounds itself, or "
+                '`ball="joint"`.'
             )
     return (
         f"Net-Trim did not converge in {trim.iterations} iterations: discrepancy "
