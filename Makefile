@@ -81,7 +81,8 @@ bench-pruning: $(STAMP)  ## every method of pruning on the same networks; hours,
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/net_trim_layer.py
 	$(BIN)/python benchmarks/net_trim_recovery.py
 	$(BIN)/python benchmarks/net_trim_workers.py
-	$(BIN)/python benchmarks/net_trim_study.py lenet-5 lenet-300-100
+	$(BIN)/python benchmarks/net_trim_study.py
+	$(BIN)/python benchmarks/net_trim_balls.py
 
 train-gpu: $(STAMP)  ## the paper's networks on a CUDA device; hours, goes on where it was stopped
 	$(BIN)/python benchmarks/train_gpu.py

@@ -7,7 +7,15 @@ from functools import partial
 from pruning.layer_trim import SLACK, LayerTrim
 from pruning.net_trim_options import TrimOptions
 from pruning.net_trim_problem import GroupProblem
-from pruning.net_trim_shares import HIGHEST, LOWEST, next_share
+from pruning.net_trim_shares import (
+    HIGHEST,
+    LOWEST,
+    aim_of,
+    between,
+    is_reached,
+    nearest_share,
+    next_share,
+)
 
 WITHIN = 1e-3
 """Share of a layer's weights that may be zeros too few; tries end there."""
@@ -54,7 +62,7 @@ def sparse_to(
             for problem in problems
         ]
         zeros[share] = sum(map(partial(_zeros, has_bias), problems, trims))
-        if share == min(zeros, key=lambda s: (zeros[s] > wanted, abs(wanted - zeros[s]))):
+        if share == nearest_share(zeros, wanted):
             best = trims
 
     drifts = [p.drift / p.norm for p in problems if p.drift is not None and p.norm > 0.0]
@@ -62,17 +70,16 @@ def sparse_to(
     # With the norm of all targets for ε, nothing is left that keeps weights from zero.
     ends = [p.program.target_norm / p.norm for p in problems if p.norm > 0.0]
     highest = max(HIGHEST, *ends, *drifts, lowest) * (1.0 + SLACK)
-    if lowest > LOWEST or wanted == 0:  # no ε is smaller, so no try has fewer zeros
+    if lowest > LOWEST or wanted <= slack:  # no ε is smaller, so no try has fewer zeros
         attempt(lowest)
     if wanted == total:
         attempt(highest)
     while len(zeros) < MAX_TRIES and wanted - slack > zeros.get(lowest, -1):
-        if any(0 <= wanted - z <= slack for z in zeros.values()) or _jumps(zeros, wanted, options):
+        if is_reached(zeros, wanted, slack) or _jumps(zeros, wanted, options):
             break
-        # Every third halves: where zeros jump, interpolation creeps.
-        aim = None if len(zeros) % 3 == 2 else wanted - slack / 2
+        aim = aim_of(len(zeros), wanted, slack)
         attempt(next_share(zeros, wanted, aim, lowest, highest))
-    found = sum(map(partial(_zeros, has_bias), problems, best))
+    found = zeros[nearest_share(zeros, wanted)]
     told = []
     if abs(found - wanted) > MISSED * total:
         told = [f"{found / total:.1%} of its weights are zeros instead of {wanted / total:.1%}."]
@@ -81,8 +88,7 @@ def sparse_to(
 
 def _jumps(zeros: Mapping[float, int], wanted: int, options: TrimOptions) -> bool:
     """Whether zeros go from fewer to more than wanted by less than the residuals tell apart."""
-    high = min((s for s, found in zeros.items() if found > wanted), default=math.inf)
-    low = max((s for s, found in zeros.items() if found <= wanted and s < high), default=0.0)
+    low, high = between(zeros, wanted, 0.0, math.inf)
     return high < low * (1.0 + options.tol)
 
 

@@ -13,7 +13,7 @@ from pruning.net_trim_layers import trim_network
 from pruning.net_trim_options import TrimOptions
 from pruning.net_trim_problem import GroupProblem
 from pruning.net_trim_result import NetworkTrim
-from pruning.net_trim_shares import next_share
+from pruning.net_trim_shares import aim_of, is_reached, nearest_share, next_share
 
 
 class Found(NamedTuple):
@@ -57,14 +57,10 @@ class ShareSearch:
             CalibrationWarning: The same.
         """
         num_solved = 0
-        while num_solved < max_tries and not any(
-            0 <= wanted - zeros <= slack for zeros in self._zeros.values()
-        ):
-            # Every third halves: where zeros jump, interpolation creeps.
-            aim = None if num_solved % 3 == 2 else wanted - slack / 2
-            self._try(next_share(self._zeros, wanted, aim))
+        while num_solved < max_tries and not is_reached(self._zeros, wanted, slack):
+            self._try(next_share(self._zeros, wanted, aim_of(num_solved, wanted, slack)))
             num_solved += 1
-        share = self._nearest(wanted)
+        share = nearest_share({g: self._zeros[g] for g in self._trims}, wanted)
         trim, told = self._trims[share]
         for warning in told:
             warnings.warn(str(warning.message), warning.category, stacklevel=4)
@@ -72,15 +68,6 @@ class ShareSearch:
         for other in [g for g in self._trims if self._zeros[g] < self._zeros[share]]:
             del self._trims[other]
         return Found(trim, share, num_solved)
-
-    def _nearest(self, wanted: int) -> float:
-        """Return the share that came nearest from below, or from above if none is below."""
-
-        def order(share: float) -> tuple[bool, int]:
-            zeros = self._zeros[share]
-            return zeros > wanted, abs(wanted - zeros)
-
-        return min(self._trims, key=order)
 
     def _try(self, share: float) -> None:
         with warnings.catch_warnings(record=True) as told:

@@ -165,7 +165,7 @@ def _require_product(layout: Layout, weight: Tensor, name: str) -> None:
             x = torch.ones(rows, 2, dtype=weight.dtype, device=weight.device)
             probe = _dense_linear(torch.eye(2).to(weight), torch.zeros(2).to(weight))
             SparseLinear(probe, 2 if layout == "bsr" else None)(x)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise ValueError(
             f"`layout` {layout!r} must be one that torch multiplies for {kind}, the weights of "
             f"`{name}`, but it says: {error}. On the CPU convert with `model.float()`."

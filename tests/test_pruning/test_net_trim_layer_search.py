@@ -116,6 +116,12 @@ def test_groups_share_the_zeros_of_their_layer():
     assert first.epsilon != second.epsilon  # the same share of different outputs
 
 
+def test_fewer_zeros_than_the_slack_are_none():
+    model = seeded(lambda: nn.Linear(40, 50))
+    trim = net_trim(model, normal(100, 40), layer_sparsity=0.0005)  # one of 2,000; slack is two
+    assert zeros(trim) == zeros(net_trim(model, normal(100, 40), epsilon=LOWEST))
+
+
 def test_biases_do_not_count(digits_mlp):
     model, x = copy.deepcopy(digits_mlp[0]), digits_mlp[1]
     with torch.no_grad():
